@@ -50,7 +50,7 @@ def require(
     except ImportError as e:
         raise ImportError(f"{module} is needed for this; install it with: pip install 'astroformer_astro[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #b00057e5
+# %% ../nbs/00_core.ipynb #064afef5
 @contextmanager
 def atomic_path(
     path, # Final name of the file
@@ -64,4 +64,5 @@ def atomic_path(
         os.replace(tmp, path)
     except OSError as e:
         raise GalaxyDataError(f"{path} cannot be written ({e.strerror or e}); choose a folder you may write to.") from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        if path.parent.is_dir(): tmp.unlink(missing_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['astroformer_splitter', 'class_weights', 'astroformer_learner', 'evaluate', 'load_astroformer_learner']
 
-# %% ../nbs/32_learner.ipynb #d55a422c
+# %% ../nbs/32_learner.ipynb #7926cf9a
 import numpy as np, torch
 from torch import nn
 from .core import GalaxyDataError
@@ -16,7 +16,6 @@ from .models.checkpoint import load_astroformer, load_pretrained, save_astroform
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
-from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, accuracy
@@ -73,15 +72,23 @@ def _network(dls, arch, drop_path, kwargs):
     model = astroformer(arch, img_size=dls.size, bands=len(dls.stats[0]), classes=len(dls.vocab), drop_path=drop_path, **kwargs)
     return model.to(memory_format=torch.channels_last)
 
-# %% ../nbs/32_learner.ipynb #5a7a7703
+# %% ../nbs/32_learner.ipynb #0faa7fc5
 def evaluate(
     learn:Learner, # A trained learner
-    dl=None, # A labelled loader; the validation set by default
+    galaxies=None, # A `GalaxySet` to score; the validation galaxies by default
 )->dict: # `metrics`, `table`, and `y`, `p` behind them
-    "Predictions on held-out galaxies with `summary_metrics` and `class_table`"
+    "Predictions with `summary_metrics` and `class_table`"
+    classes = list(learn.dls.vocab)
+    dl = None if galaxies is None else learn.dls.test_dl(list(galaxies.images))
     with learn.no_bar(), learn.no_logging(): p, y = learn.get_preds(dl=dl)
+    if galaxies is not None: y = torch.tensor(_numbers(galaxies.catalog.label, classes))
     p, y = p.numpy(), y.numpy()
-    return dict(metrics=summary_metrics(y, p), table=class_table(y, p, list(learn.dls.vocab)), y=y, p=p)
+    return dict(metrics=summary_metrics(y, p), table=class_table(y, p, classes), y=y, p=p)
+
+def _numbers(labels, classes):
+    unknown = sorted(set(labels) - set(classes))
+    if unknown: raise GalaxyDataError(f"the network knows no class {', '.join(map(repr, unknown))}; it was trained on {', '.join(map(repr, classes))}.")
+    return [classes.index(l) for l in labels]
 
 # %% ../nbs/32_learner.ipynb #eabcb788
 def load_astroformer_learner(

@@ -57,7 +57,7 @@ def GalaxyBlock()->TransformBlock:
     "A fastai `TransformBlock` for cut-outs: pixels to `TensorGalaxy`, on a scale of 0 to 1 in the batch"
     return TransformBlock(type_tfms=TensorGalaxy.create, batch_tfms=IntToFloatTensor)
 
-# %% ../../nbs/15_data.block.ipynb #2dcdd902
+# %% ../../nbs/15_data.block.ipynb #9c4087dc
 class GalaxyDataLoaders(DataLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.catalog`, `.classes`, `.stats`, `.size`, `.source`"
 
@@ -67,6 +67,7 @@ class GalaxyDataLoaders(DataLoaders):
         bs:int=64, # Galaxies a batch
         valid_pct:float=.2, # Share held out
         seed:int=42, # Decides which are held out
+        valid=None, # Rows to hold out, instead of a random share
         separation:float=60., # Galaxies closer than this on the sky stay together, arcsec
         augment=GalaxyAugment, # Transform for training batches, or a function that makes it; `None` for none
         stats=None, # `(mean, std)` of each band on a scale of 0 to 1; from the training galaxies by default
@@ -77,7 +78,8 @@ class GalaxyDataLoaders(DataLoaders):
         "Split without leaks, measure the statistics, and build the loaders"
         cat = galaxies.catalog
         groups = sky_groups(cat.ra, cat.dec, separation) if {'ra', 'dec'} <= set(cat) else None
-        train, valid = split_galaxies(cat.label, groups, valid_pct, seed)
+        if valid is None: train, valid = split_galaxies(cat.label, groups, valid_pct, seed)
+        else: train = np.setdiff1d(np.arange(len(cat)), valid)
         stats = stats or band_statistics(galaxies.images[train])
         tfms = L(augment() if isinstance(augment, type) else augment) + [Standardize(*stats)]
         dblock = DataBlock(blocks=(GalaxyBlock(), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=IndexSplitter(valid),

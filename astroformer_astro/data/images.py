@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['to_cutout', 'read_image', 'GalaxySet', 'pixel_store', 'read_table', 'check_columns', 'read_images', 'read_catalog']
 
-# %% ../../nbs/10_data.images.ipynb #1ed1c2d6
+# %% ../../nbs/10_data.images.ipynb #5f265dd0
 import io, tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -47,7 +47,7 @@ def _begins(path):
     if not start: return 'the file is empty'
     return 'it is a web page' if start.lower().startswith((b'<!doctype', b'<html')) else f'it begins with {start[:12]!r}'
 
-# %% ../../nbs/10_data.images.ipynb #90203c9d
+# %% ../../nbs/10_data.images.ipynb #0172f194
 @dataclass
 class GalaxySet:
     "Cut-outs of one size and a catalogue row for each"
@@ -58,6 +58,10 @@ class GalaxySet:
     skipped:pd.DataFrame=field(default_factory=pd.DataFrame) # Rows that could not be used: `row`, `problem`
 
     def __len__(self): return len(self.images)
+    def take(self, rows): # `GalaxySet` of these rows
+        rows = np.asarray(rows)
+        return replace(self, images=self.images[rows], catalog=self.catalog.iloc[rows].reset_index(drop=True))
+
     def summary(self): # Text of a few lines: how many, of what, from where
         "What was read, counted"
         n = self.catalog.label.value_counts()
