@@ -44,14 +44,14 @@ def _report(rows, by, columns, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
     return pd.DataFrame(rows)
 
-# %% ../nbs/59_bench.ipynb #d45fd6d7
+# %% ../nbs/59_bench.ipynb #c549a76e
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
     archs:str='astroformer_pico', # Networks, by commas; ours or timm's
     seeds:int=3, # Runs of each
-    epochs:int=0, # Epochs; 0 for as many as show 60,000 galaxies
+    epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
     out:str=None, # JSON file to write
 )->pd.DataFrame:

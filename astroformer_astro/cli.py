@@ -57,11 +57,11 @@ def explain(
     with atomic_path(out) as tmp: tmp.write_bytes(to_png(fig, dpi=150))
     print(out)
 
-# %% ../nbs/60_cli.ipynb #5c19a346
+# %% ../nbs/60_cli.ipynb #74045e7b
 def cite():
     "Print what to cite, as BibTeX"
     print('''@inproceedings{dagli2023astroformer, author={Rishit Dagli}, title={Astroformer: More Data Might not be all you need for Classification},
-  booktitle={ICLR 2023 Workshop on Practical ML for Developing Countries}, year={2023}, eprint={2304.05350}, archivePrefix={arXiv}}
+  booktitle={ICLR 2023 workshop}, year={2023}, eprint={2304.05350}, archivePrefix={arXiv}}
 @misc{galaxy10decals, author={Henry W. Leung and Jo Bovy}, title={Galaxy10 DECaLS Dataset}, publisher={Zenodo}, doi={10.5281/zenodo.10845026}}
 @software{astroformer_astro, author={{The astroformer_astro team}}, title={astroformer_astro}, year={2026}, version={%s}}''' % version('astroformer_astro'))
 

@@ -25,10 +25,10 @@ from .report import plot_class_table, plot_confusion, plot_curves, plot_samples,
 from .synth import synth_galaxy10
 from fastai.callback.core import Callback
 
-# %% ../nbs/56_job.ipynb #4e26493d
+# %% ../nbs/56_job.ipynb #7960f6ef
 def default_epochs(
     n:int, # Training galaxies
-    shown:int=60_000, # Galaxies to show in all
+    shown:int=50_000, # Galaxies to show in all
 )->int:
     "Epochs in which about `shown` galaxies are seen, between 5 and 100"
     return int(np.clip(shown/n, 5, 100))
@@ -75,7 +75,7 @@ def telling_cases(
     right = p.argmax(1) == y
     return first(np.flatnonzero(right)), first(np.flatnonzero(~right))
 
-# %% ../nbs/56_job.ipynb #1fd60e43
+# %% ../nbs/56_job.ipynb #c01dd0f2
 @dataclass
 class Job:
     "One run of the main job; a survey is simulated where neither `data` nor `catalog` is given"
@@ -88,7 +88,7 @@ class Job:
     bad:str='raise' # Its unusable rows: `raise`, or `skip` and list them
     arch:str='astroformer_nano' # A name in `model_cfgs`
     size:int=64 # Side of the cut-outs, px
-    epochs:int=0 # Epochs; 0 for as many as show 60,000 galaxies
+    epochs:int=0 # Epochs; 0 for as many as show 50,000 galaxies
     pretrained:str=None # Weights of another survey to fine-tune
     seed:int=0 # Of weights, order and augmentation
     split_seed:int=42 # Decides which galaxies are held out

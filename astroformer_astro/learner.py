@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['astroformer_splitter', 'class_weights', 'astroformer_learner', 'evaluate', 'load_astroformer_learner']
 
-# %% ../nbs/32_learner.ipynb #7926cf9a
+# %% ../nbs/32_learner.ipynb #c2ccca61
 import numpy as np, torch
 from torch import nn
 from .core import GalaxyDataError
 from .data.block import GalaxyDataLoaders
-from .metrics import class_table, summary_metrics
+from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, astroformer
 from .models.checkpoint import load_astroformer, load_pretrained, save_astroformer
 from fastai.callback.fp16 import MixedPrecision
@@ -18,7 +18,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import BalancedAccuracy, accuracy
+from fastai.metrics import AccumMetric, accuracy
 from fastai.torch_core import params
 from fastcore.foundation import L
 
@@ -29,11 +29,11 @@ def astroformer_splitter(
     "Six groups: stem, four stages, head"
     return L(model.stem, *model.stages, model.head).map(params)
 
-# %% ../nbs/32_learner.ipynb #9f825adc
+# %% ../nbs/32_learner.ipynb #ddbfb31f
 def class_weights(
     labels, # Class numbers of the training galaxies
     n:int, # Classes
-    power:float=.5, # 0: none, 1: every class the same total weight
+    power:float=.75, # 0: none, 1: every class the same total weight
 )->torch.Tensor: # `n` weights, 1 on average over the galaxies; a class without galaxies gets 1
     "Weights of the classes in the loss"
     counts = torch.bincount(torch.as_tensor(labels), minlength=n).float()
@@ -41,12 +41,12 @@ def class_weights(
     w = w*counts.sum()/(w*counts).sum()
     return torch.where(counts > 0, w, torch.ones(n))
 
-# %% ../nbs/32_learner.ipynb #693597a5
+# %% ../nbs/32_learner.ipynb #8afa81bd
 def astroformer_learner(
     dls, # `GalaxyDataLoaders`
     arch='astroformer_pico', # A name in `model_cfgs`, or an `nn.Module` of your own
     pretrained=None, # Weights of another survey, as written by `save_astroformer`
-    weight_power:float=.5, # Leaning against uneven classes, see `class_weights`
+    weight_power:float=.75, # Leaning against uneven classes, see `class_weights`
     label_smoothing:float=.1, # Share of the target given to all classes
     drop_path:float=.1, # Stochastic depth of the last block
     wd:float=.05, # Weight decay
@@ -63,7 +63,7 @@ def astroformer_learner(
     loss = CrossEntropyLossFlat(weight=class_weights(labels, len(dls.vocab), weight_power).to(dls.device), label_smoothing=label_smoothing)
     cbs = L(GradientClip(clip)) + L(MixedPrecision() if dls.device.type == 'cuda' else None) + L(cbs)
     splitter = astroformer_splitter if isinstance(model, Astroformer) else params
-    learn = Learner(dls, model, loss, splitter=splitter, metrics=L(metrics) or [accuracy, BalancedAccuracy()], wd=wd, lr=lr, cbs=cbs)
+    learn = Learner(dls, model, loss, splitter=splitter, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)], wd=wd, lr=lr, cbs=cbs)
     if pretrained is not None: learn.freeze()
     return learn
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['to_cutout', 'read_image', 'GalaxySet', 'pixel_store', 'read_table', 'check_columns', 'read_images', 'read_catalog']
 
-# %% ../../nbs/10_data.images.ipynb #5f265dd0
-import io, tempfile
+# %% ../../nbs/10_data.images.ipynb #a9ec3989
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from fastprogress.fastprogress import progress_bar
 from ..core import GalaxyDataError
 
@@ -28,19 +28,24 @@ def to_cutout(
     img = img.convert('RGB').crop((left, top, left + side, top + side))
     return np.asarray(img if side == size else img.resize((size, size), Image.Resampling.LANCZOS))
 
-# %% ../../nbs/10_data.images.ipynb #49e61d9c
+# %% ../../nbs/10_data.images.ipynb #4fdd523c
 def read_image(
     path, # JPEG, PNG or any other file Pillow reads
     size:int, # Side of the result, px
 )->np.ndarray: # `size x size x 3`, uint8
     "Cut-out from an image file; raises `GalaxyDataError` for a file that is missing, broken, no image, or blank"
     try:
-        with Image.open(path) as img: cutout = to_cutout(img, size)
+        with Image.open(path) as img: cutout, text = to_cutout(img, size), _is_text(img)
     except FileNotFoundError: raise GalaxyDataError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise GalaxyDataError(f'{path} is not an image: {_begins(path)}') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise GalaxyDataError(f'{path} cannot be read ({e})') from None
     if np.ptp(cutout) == 0: raise GalaxyDataError(f'{path} is blank: every pixel is {cutout.flat[0]}')
+    if text: raise GalaxyDataError(f'{path} is a message drawn as a picture: its pixels are black or white, with little in between')
     return cutout
+
+def _is_text(img):
+    dark, white = ((v := np.asarray(img.convert('L'))) < 60).mean(), (v > 200).mean()
+    return dark > .75 and white > .01 and white > 1 - dark - white
 
 def _begins(path):
     start = Path(path).read_bytes()[:40].lstrip()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['sky_groups', 'split_galaxies']
 
-# %% ../../nbs/13_data.sky.ipynb #92156881
+# %% ../../nbs/13_data.sky.ipynb #cc3e27a5
+import warnings
 import numpy as np
 from astropy import units as u
 from astropy.coordinates import SkyCoord, search_around_sky
@@ -30,7 +31,7 @@ def sky_groups(
     links = coo_matrix((np.ones(len(i)), (i, j)), shape=(len(ra), len(ra)))
     return connected_components(links, directed=False)[1]
 
-# %% ../../nbs/13_data.sky.ipynb #dc044962
+# %% ../../nbs/13_data.sky.ipynb #b0d4e942
 def split_galaxies(
     labels, # Class of each galaxy
     groups=None, # Group of each galaxy, as from `sky_groups`
@@ -43,7 +44,9 @@ def split_galaxies(
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     _check_split(names, counts, valid_pct)
     folds = StratifiedGroupKFold(min(round(1/valid_pct), counts.max(), len(np.unique(groups))), shuffle=True, random_state=seed)
-    train, valid = next(folds.split(labels, labels, groups))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)      # a class smaller than the number of folds is no news here
+        train, valid = next(folds.split(labels, labels, groups))
     lost = set(names) - set(labels[train])
     if lost: raise GalaxyDataError(f"all galaxies of class {', '.join(sorted(map(str, lost)))} lie in one group of the sky, so none is left to train on; lower the separation or merge the class with another.")
     return train, valid

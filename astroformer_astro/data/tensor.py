@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TensorGalaxy', 'band_statistics', 'Standardize']
 
-# %% ../../nbs/12_data.tensor.ipynb #68a4d452
+# %% ../../nbs/12_data.tensor.ipynb #5cbfc8d1
 import warnings
 import numpy as np, torch
 with warnings.catch_warnings():
-    # fastai 2.8 calls torch.jit.script while it is imported, which torch 2.14 announces to drop
-    warnings.simplefilter('ignore', FutureWarning)
+    # fastai 2.8 is announced to lose things it uses of torch 2.14 and pandas 3 while it is imported
+    warnings.simplefilter('ignore')
     from fastai.vision.all import DisplayedTransform, TensorImage, show_image
 
 # %% ../../nbs/12_data.tensor.ipynb #ea01dd0b

@@ -100,7 +100,7 @@ class Attribution(Prediction):
         "Signed sum over the bands"
         return self.values.sum(0)
 
-# %% ../../nbs/41_interpret.attribution.ipynb #b0924926
+# %% ../../nbs/41_interpret.attribution.ipynb #fca50211
 def _statistics(dls, like): # Mean and deviation that the loaders standardise with, `C x 1 x 1`
     for t in dls.valid.after_batch.fs:
         if getattr(t, 'mean', None) is not None and getattr(t, 'std', None) is not None:
@@ -108,18 +108,19 @@ def _statistics(dls, like): # Mean and deviation that the loaders standardise wi
     return 0., 1.
 
 def _describe(item):
-    return str(item) if isinstance(item, (str, Path, Integral)) else f'an item of type {type(item).__name__}'
+    return str(item) if isinstance(item, (str, Path, int)) else f'an item of type {type(item).__name__}'
 
-# %% ../../nbs/41_interpret.attribution.ipynb #7041bb9a
+# %% ../../nbs/41_interpret.attribution.ipynb #227cc8c7
 def read_picture(
     learn, # A fastai `Learner` of images
     item, # Whatever its loaders read: row number, path, PIL image, `H x W x C` uint8 array
 )->torch.Tensor: # `C x H x W` on the network's device
     "What the network gets, but on a scale of 0 to 1; raises `GalaxyDataError` if it cannot be read"
+    if isinstance(item, Integral): item = int(item)
     try: x = learn.dls.test_dl([item], num_workers=0).one_batch()[0].as_subclass(torch.Tensor)
     except GalaxyDataError: raise
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as e:
-        raise GalaxyDataError(f'{_describe(item)} cannot be read as a galaxy ({e}); give a row number, a file, or a picture') from e
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as e:
+        raise GalaxyDataError(f'{_describe(item)} cannot be read as a galaxy ({" ".join(str(e).split())}); give a row number, a file, or a picture') from e
     x = x.to(next(learn.model.parameters()).device)
     mean, std = _statistics(learn.dls, x)
     return (x*std + mean)[0]

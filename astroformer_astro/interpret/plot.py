@@ -36,7 +36,7 @@ def _figure(width, height, panels, **kwargs):
     fig.get_layout_engine().set(w_pad=.03, h_pad=.03)
     return fig, fig.subplots(1, panels, squeeze=False, **kwargs)[0]
 
-# %% ../../nbs/44_interpret.plot.ipynb #bda402a6
+# %% ../../nbs/44_interpret.plot.ipynb #ceb8c2e3
 def draw_picture(
     ax, # Axes to draw on
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
@@ -46,7 +46,7 @@ def draw_picture(
     "A galaxy without ticks"
     colour = image.shape[-1] == 3 and not grey
     ax.imshow(image if colour else image.mean(-1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=7.5)
     ax.set_axis_off()
 
 # %% ../../nbs/44_interpret.plot.ipynb #4a7ba432
@@ -54,7 +54,7 @@ def _label(name, width=24):
     short = short_name(str(name))
     return short if len(short) <= width else short[:width-1] + '…'
 
-# %% ../../nbs/44_interpret.plot.ipynb #ae717d29
+# %% ../../nbs/44_interpret.plot.ipynb #c9b67377
 def draw_probabilities(
     ax, # Axes to draw on
     prediction:Prediction, # Or an `Attribution`
@@ -70,9 +70,9 @@ def draw_probabilities(
     for c, label in zip(names, ax.get_yticklabels()): label.set_fontweight('bold' if c == truth else 'normal')
     ax.set(xlim=(0, 1), xticks=(0, .5, 1)); ax.invert_yaxis()
     ax.tick_params(axis='x', labelsize=7); ax.tick_params(axis='y', length=0); ax.spines[['top', 'right']].set_visible(False)
-    ax.set_title(f'{_label(called)} {p[called]:.2f}', fontsize=8)
+    ax.set_title(f'probability {p[called]:.2f}', fontsize=7.5)
 
-# %% ../../nbs/44_interpret.plot.ipynb #e5caf62e
+# %% ../../nbs/44_interpret.plot.ipynb #dd0962f1
 def scale_of(
     heatmap:np.ndarray, # `H x W`, signed
 )->float:
@@ -88,10 +88,10 @@ def draw_heatmap(
     "A signed map, white at zero, with a colour bar"
     vmax = vmax or scale_of(heatmap)
     drawn = ax.imshow(heatmap, cmap='RdBu_r', vmin=-vmax, vmax=vmax, interpolation='nearest')
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=7.5)
     ax.set(xticks=(), yticks=()); ax.spines[:].set_color('.7')
-    bar = ax.figure.colorbar(drawn, ax=ax, shrink=.9, aspect=15, pad=.02)
-    bar.ax.tick_params(labelsize=6, length=2); bar.ax.ticklabel_format(scilimits=(-2, 3)); bar.ax.yaxis.offsetText.set_fontsize(6)
+    bar = ax.figure.colorbar(drawn, ax=ax, shrink=.9, aspect=15, pad=.02, ticks=(-vmax, 0, vmax), format='%.2g')
+    bar.ax.tick_params(labelsize=6, length=2); bar.set_label('logit a pixel', fontsize=7, labelpad=-6)
 
 # %% ../../nbs/44_interpret.plot.ipynb #be96e422
 def draw_contours(
@@ -106,7 +106,7 @@ def draw_contours(
     for sign, colour in (1, '#ff5a4d'), (-1, '#4da6ff'):
         if (sign*heatmap).max() > .2*top: ax.contour(sign*heatmap, [.2*top, .6*top], colors=colour, linewidths=(.7, 1.2))
 
-# %% ../../nbs/44_interpret.plot.ipynb #eb407154
+# %% ../../nbs/44_interpret.plot.ipynb #ba08bfe7
 def draw_attention(
     ax, # Axes to draw on
     maps:AttentionMaps, # For the size of the image
@@ -120,7 +120,7 @@ def draw_attention(
     drawn = ax.imshow(maps.upsampled(values*values.size), cmap='viridis', vmin=0, vmax=vmax, interpolation='nearest')
     _isophotes(ax, image)
     if query is not None: _outline(ax, maps, values.shape, query)
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=7.5)
     ax.set_axis_off()
     return drawn
 
@@ -141,7 +141,7 @@ def attention_bar(
     bar = drawn.axes.figure.colorbar(drawn, ax=axs, shrink=.9, aspect=15, pad=.02)
     bar.set_label('x equal share', fontsize=7); bar.ax.tick_params(labelsize=6, length=2)
 
-# %% ../../nbs/44_interpret.plot.ipynb #903665c9
+# %% ../../nbs/44_interpret.plot.ipynb #42277359
 def plot_attribution(
     attribution:Attribution, # What to draw
     vmax=None, # Common end of the colour scale, logit a pixel
@@ -156,8 +156,8 @@ def plot_attribution(
     return fig
 
 def _verdict(p):
-    called = f'called {_label(p.predicted)}'
-    return f'{called}\n' + ('' if p.truth is None else 'rightly' if p.truth == p.predicted else f'is {_label(p.truth)}')
+    check = '' if p.truth is None else 'as in the catalogue' if p.truth == p.predicted else f'but is {_label(p.truth)}'
+    return f'{_label(p.predicted)}\n{check}'
 
 def _how(a):
     if a.delta is None: return a.method.replace('_', ' ')

@@ -1,0 +1,75 @@
+"""Workers, pickles and splits: what the data notebooks do not show on a page."""
+import pickle
+
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from astroformer_astro.core import seed_everything
+from astroformer_astro.data.augment import GalaxyAugment, dihedral
+from astroformer_astro.data.block import CutoutReader, GalaxyDataLoaders
+from astroformer_astro.data.sky import sky_groups, split_galaxies
+from astroformer_astro.data.tensor import TensorGalaxy
+from astroformer_astro.synth import synth_galaxy10
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory): return synth_galaxy10(tmp_path_factory.mktemp('d')/'s.h5', n=80, size=64, seed=0)
+
+
+def test_workers_give_the_same_galaxies(path):
+    alone, helped = (GalaxyDataLoaders.from_hdf5(path, bs=8, num_workers=n, progress=False) for n in (0, 2))
+    for (a, ya), (b, yb) in zip(alone.valid, helped.valid):
+        assert torch.equal(a, b) and torch.equal(ya, yb)
+
+
+def test_reader_survives_pickling(path):
+    dls = GalaxyDataLoaders.from_hdf5(path, progress=False)
+    reader = pickle.loads(pickle.dumps(CutoutReader(dls.galaxies.images)))
+    assert np.array_equal(reader(3), dls.galaxies.images[3])
+
+
+def test_a_seed_repeats_training_batches(path):
+    def batch():
+        seed_everything(5)
+        return GalaxyDataLoaders.from_hdf5(path, bs=8, progress=False).one_batch()
+    (a, ya), (b, yb) = batch(), batch()
+    assert torch.equal(a, b) and torch.equal(ya, yb)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(30, 120), st.floats(10, 2000))
+def test_groups_never_straddle_a_split(seed, n, separation):
+    rng = np.random.default_rng(seed)
+    labels, groups = np.array(['a', 'b'])[np.arange(n) % 2], sky_groups(rng.uniform(0, 2, n), rng.uniform(-1, 1, n), separation)
+    if len(set(groups)) < 5: return
+    train, valid = split_galaxies(labels, groups, seed=seed % 1000)
+    assert not set(groups[train]) & set(groups[valid])
+    assert sorted([*train, *valid]) == list(range(n))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 7), st.integers(0, 7))
+def test_dihedral_is_a_group(i, j):
+    "Any two orientations after each other are one of the eight, and each has an inverse"
+    x = torch.rand(1, 2, 5, 5)
+    turn = lambda t, k: dihedral(t, torch.tensor([k]))
+    assert any(torch.equal(turn(turn(x, i), j), turn(x, k)) for k in range(8))
+    assert any(torch.equal(turn(turn(x, i), k), x) for k in range(8))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([32, 45, 64]), st.integers(1, 5))
+def test_augmentation_keeps_shape_range_and_type(seed, size, bands):
+    torch.manual_seed(seed)
+    x = TensorGalaxy(torch.rand(4, bands, size, size))
+    y = GalaxyAugment()(x, split_idx=0)
+    assert type(y) is TensorGalaxy and y.shape == x.shape and y.dtype == x.dtype
+    assert y.isfinite().all() and y.min() >= -1e-5 and y.max() <= 1 + 1e-5
+
+
+def test_rotation_keeps_the_light_of_a_centred_galaxy():
+    r2 = sum(t**2 for t in torch.meshgrid(torch.arange(65.) - 32, torch.arange(65.) - 32, indexing='ij'))
+    x = TensorGalaxy(torch.exp(-r2/2/8**2).expand(32, 1, 65, 65))
+    torch.manual_seed(0)
+    y = GalaxyAugment(p=1, shift=0, zoom=0)(x, split_idx=0)
+    torch.testing.assert_close(y.sum((1, 2, 3)), x.sum((1, 2, 3)), rtol=.01, atol=0)
