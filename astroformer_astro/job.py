@@ -181,7 +181,7 @@ def _sentence(m):
     low, high = m['accuracy_95']
     return f"accuracy {m['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, on {m['n']} galaxies"
 
-# %% ../nbs/56_job.ipynb #f4d1465c
+# %% ../nbs/56_job.ipynb #dc0777ff
 def run_job(
     job:Job, # Settings
 )->dict: # What is in `metrics.json`
@@ -192,7 +192,7 @@ def run_job(
     say(1, 'simulate a survey' if simulated else f'read {job.data or job.catalog}')
     galaxies = _read(job)
     print('      ' + galaxies.summary().replace('\n', '\n      '))
-    say(2, f"{'fine-tune' if job.pretrained else 'train'} {job.arch} on {'a GPU' if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads'}")
+    say(2, f"{'fine-tune' if job.pretrained else 'train'} {job.arch} on {'a GPU' if torch.cuda.is_available() else f'the CPU, threads: {torch.get_num_threads()}'}")
     learn, scores = train_network(job, galaxies)
     print('      held out: ' + _sentence(scores['metrics']))
     fresh = second = None

@@ -1,5 +1,5 @@
 """Notebooks clean, library in step with them, README current. With --fix, make it so; without, say what is not."""
-import subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -9,10 +9,12 @@ root = Path(__file__).parent.parent
 
 
 def readme():
-    "The README as index.ipynb renders it: cells marked hide left out, figures as links into nbs/"
+    "index.ipynb as Markdown: no code cells, only what they printed; links made relative to the top folder"
     nb = nbformat.read(root/'nbs'/'index.ipynb', 4)
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
-    return MarkdownExporter().from_notebook_node(nb)[0].strip().replace('](images/', '](nbs/images/') + '\n'
+    text = MarkdownExporter(exclude_input=True).from_notebook_node(nb)[0]
+    text = re.sub(r'\]\((?!http)([^)]+)\)', lambda m: f"]({os.path.normpath('nbs/' + m[1])})", text)
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
 def snapshot(folder, pattern):

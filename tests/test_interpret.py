@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from fastai.vision.data import ImageBlock
 from fastai.data.transforms import Normalize
 from astroformer_astro.core import GalaxyDataError
-from astroformer_astro.interpret.attention import AttentionMaps, attention_maps, frozen, record_attention, token_side
+from astroformer_astro.interpret.attention import AttentionMaps, attention_maps, frozen, record_attention, token_at, token_side
 from astroformer_astro.interpret.attribution import (Attribution, Explainer, integrated_gradients, picture_logits, predicted_classes, read_picture,
                                                      saliency, sky_baseline)
 from astroformer_astro.interpret.plot import plot_attention, plot_attribution, plot_explanation, to_png
@@ -182,7 +182,7 @@ def test_pixel_to_token_agrees_with_the_network(h, w):
     for y, c in [(0, 0), (15, 16), (h - 1, w - 1), (h//2, w//3)]:
         x.zero_(); x[..., y, c] = 1
         lit = np.unravel_index(pool(x)[0, 0].argmax().item(), grid)
-        assert maps.token(y, c) == lit
+        assert token_at((h, w), grid, y, c) == lit
         assert maps.upsampled(np.arange(grid[0]*grid[1]).reshape(grid))[y, c] == lit[0]*grid[1] + lit[1]
     assert token_side((h, w), grid) == (16, 16)
 

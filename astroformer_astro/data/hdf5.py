@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['check_layout', 'slabs', 'read_hdf5']
 
-# %% ../../nbs/11_data.hdf5.ipynb #3da504eb
+# %% ../../nbs/11_data.hdf5.ipynb #7cfb98b8
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
-from fastprogress.fastprogress import progress_bar
 from ..core import GalaxyDataError, galaxy10_classes
-from .images import GalaxySet, pixel_store, to_cutout
+from .images import GalaxySet, bar, pixel_store, to_cutout
 
 # %% ../../nbs/11_data.hdf5.ipynb #6a204dba
 def check_layout(
@@ -40,7 +39,7 @@ def slabs(
     step *= max(1, rows//step)
     return [slice(i, min(i + step, len(images))) for i in range(0, len(images), step)]
 
-# %% ../../nbs/11_data.hdf5.ipynb #8653d2df
+# %% ../../nbs/11_data.hdf5.ipynb #ec22c9ee
 def read_hdf5(
     path, # A file in the Galaxy10 layout
     size:int=64, # Side of the cut-outs, px
@@ -60,7 +59,7 @@ def read_hdf5(
 
 def _pixels(images, size, progress):
     out = pixel_store(len(images), size)
-    for rows in progress_bar(slabs(images), display=progress, leave=False):
+    for rows in bar(slabs(images), progress):
         for i, img in enumerate(images[rows], rows.start): out[i] = to_cutout(img, size)
     return out
 

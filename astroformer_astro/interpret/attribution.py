@@ -100,17 +100,18 @@ class Attribution(Prediction):
         "Signed sum over the bands"
         return self.values.sum(0)
 
-# %% ../../nbs/41_interpret.attribution.ipynb #fca50211
+# %% ../../nbs/41_interpret.attribution.ipynb #6a9a663e
 def _statistics(dls, like): # Mean and deviation that the loaders standardise with, `C x 1 x 1`
     for t in dls.valid.after_batch.fs:
         if getattr(t, 'mean', None) is not None and getattr(t, 'std', None) is not None:
             return tuple(s.as_subclass(torch.Tensor).flatten()[:,None,None].to(like) for s in (t.mean, t.std))
     return 0., 1.
 
+# %% ../../nbs/41_interpret.attribution.ipynb #2be8c292
 def _describe(item):
     return str(item) if isinstance(item, (str, Path, int)) else f'an item of type {type(item).__name__}'
 
-# %% ../../nbs/41_interpret.attribution.ipynb #227cc8c7
+# %% ../../nbs/41_interpret.attribution.ipynb #7fadd0d6
 def read_picture(
     learn, # A fastai `Learner` of images
     item, # Whatever its loaders read: row number, path, PIL image, `H x W x C` uint8 array
@@ -125,7 +126,7 @@ def read_picture(
     mean, std = _statistics(learn.dls, x)
     return (x*std + mean)[0]
 
-# %% ../../nbs/41_interpret.attribution.ipynb #619d5697
+# %% ../../nbs/41_interpret.attribution.ipynb #bc84c9f1
 def picture_logits(
     learn, # A fastai `Learner` of images
     pictures:torch.Tensor, # `B x C x H x W` on a scale of 0 to 1
@@ -137,7 +138,7 @@ def _standardise(learn, pictures):
     mean, std = _statistics(learn.dls, pictures)
     return (pictures - mean)/std
 
-# %% ../../nbs/41_interpret.attribution.ipynb #7ed5c90e
+# %% ../../nbs/41_interpret.attribution.ipynb #a1d7264e
 def truth_of(
     learn, # A fastai `Learner`
     item, # As for `read_picture`
@@ -146,16 +147,17 @@ def truth_of(
     catalog = getattr(learn.dls, 'catalog', None)
     return catalog.label.iloc[item] if catalog is not None and isinstance(item, Integral) else None
 
-# %% ../../nbs/41_interpret.attribution.ipynb #573c27e7
+# %% ../../nbs/41_interpret.attribution.ipynb #835c88c8
 def _predict(learn, item, picture):
     with frozen(learn.model), torch.no_grad(): p = picture_logits(learn, picture[None])[0].softmax(0).tolist()
     return Prediction(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
 
+# %% ../../nbs/41_interpret.attribution.ipynb #f2e4942d
 def _choose(options, name, what):
     if name not in options: raise GalaxyDataError(f"there is no {what} {name!r}; choose from {', '.join(options)}")
     return options[name]
 
-# %% ../../nbs/41_interpret.attribution.ipynb #529b5f47
+# %% ../../nbs/41_interpret.attribution.ipynb #5780db50
 class Explainer:
     "Prediction, attribution and attention of a fastai `Learner`; items as for `read_picture`"
     def __init__(self,
@@ -187,7 +189,7 @@ class Explainer:
         "`AttentionMaps` of one galaxy; raises `GalaxyDataError` if the network has no attention"
         return attention_maps(self.learn.model, _standardise(self.learn, read_picture(self.learn, item)[None]))
 
-# %% ../../nbs/41_interpret.attribution.ipynb #c1583536
+# %% ../../nbs/41_interpret.attribution.ipynb #cba30c00
 def predicted_classes(
     learn, # A fastai `Learner` of images
     items, # As for `read_picture`, any number of them

@@ -17,7 +17,7 @@ from ..core import short_name
 from .attention import AttentionMaps, token_side
 from .attribution import Attribution, Prediction
 
-# %% ../../nbs/44_interpret.plot.ipynb #703e53e7
+# %% ../../nbs/44_interpret.plot.ipynb #76709ec9
 def to_png(
     fig:Figure, # Any figure
     dpi:int=100, # Pixels an inch
@@ -27,6 +27,7 @@ def to_png(
     fig.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
 
+# %% ../../nbs/44_interpret.plot.ipynb #ea65e6c6
 class Picture(Figure):
     "A matplotlib `Figure` that shows itself as the last line of a cell, whether or not pyplot was ever asked to"
     def _repr_png_(self): return to_png(self)
@@ -36,7 +37,7 @@ def _figure(width, height, panels, **kwargs):
     fig.get_layout_engine().set(w_pad=.03, h_pad=.03)
     return fig, fig.subplots(1, panels, squeeze=False, **kwargs)[0]
 
-# %% ../../nbs/44_interpret.plot.ipynb #ceb8c2e3
+# %% ../../nbs/44_interpret.plot.ipynb #f0d85df4
 def draw_picture(
     ax, # Axes to draw on
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
@@ -49,12 +50,12 @@ def draw_picture(
     ax.set_title(title, fontsize=7.5)
     ax.set_axis_off()
 
-# %% ../../nbs/44_interpret.plot.ipynb #4a7ba432
+# %% ../../nbs/44_interpret.plot.ipynb #470ee75b
 def _label(name, width=24):
     short = short_name(str(name))
     return short if len(short) <= width else short[:width-1] + '…'
 
-# %% ../../nbs/44_interpret.plot.ipynb #c9b67377
+# %% ../../nbs/44_interpret.plot.ipynb #1cc99faf
 def draw_probabilities(
     ax, # Axes to draw on
     prediction:Prediction, # Or an `Attribution`
@@ -72,13 +73,14 @@ def draw_probabilities(
     ax.tick_params(axis='x', labelsize=7); ax.tick_params(axis='y', length=0); ax.spines[['top', 'right']].set_visible(False)
     ax.set_title(f'probability {p[called]:.2f}', fontsize=7.5)
 
-# %% ../../nbs/44_interpret.plot.ipynb #dd0962f1
+# %% ../../nbs/44_interpret.plot.ipynb #9817730e
 def scale_of(
     heatmap:np.ndarray, # `H x W`, signed
 )->float:
     "End of a symmetric colour scale: the 99.5th percentile of the absolute values, 1 for an empty map"
     return float(np.percentile(np.abs(heatmap), 99.5) or np.abs(heatmap).max() or 1)
 
+# %% ../../nbs/44_interpret.plot.ipynb #ea0618a5
 def draw_heatmap(
     ax, # Axes to draw on
     heatmap:np.ndarray, # `H x W`, signed
@@ -93,7 +95,7 @@ def draw_heatmap(
     bar = ax.figure.colorbar(drawn, ax=ax, shrink=.9, aspect=15, pad=.02, ticks=(-vmax, 0, vmax), format='%.2g')
     bar.ax.tick_params(labelsize=6, length=2); bar.set_label('logit a pixel', fontsize=7, labelpad=-6)
 
-# %% ../../nbs/44_interpret.plot.ipynb #be96e422
+# %% ../../nbs/44_interpret.plot.ipynb #87bf7f48
 def draw_contours(
     ax, # Axes to draw on
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
@@ -106,7 +108,16 @@ def draw_contours(
     for sign, colour in (1, '#ff5a4d'), (-1, '#4da6ff'):
         if (sign*heatmap).max() > .2*top: ax.contour(sign*heatmap, [.2*top, .6*top], colors=colour, linewidths=(.7, 1.2))
 
-# %% ../../nbs/44_interpret.plot.ipynb #ba08bfe7
+# %% ../../nbs/44_interpret.plot.ipynb #a12450e1
+def _isophotes(ax, image):
+    light = gaussian_filter(image.mean(-1), 1)
+    if np.ptp(light) > 0: ax.contour(light, np.unique(np.percentile(light, (85, 95, 99))), colors='white', linewidths=.6, alpha=.8)
+
+def _outline(ax, maps, grid, query):
+    (h, w), (y, x) = token_side(maps.size, grid), query
+    ax.add_patch(Rectangle((x//w*w - .5, y//h*h - .5), w, h, fill=False, ec='#ff4d4d', lw=1.5, clip_on=False))
+
+# %% ../../nbs/44_interpret.plot.ipynb #80833559
 def draw_attention(
     ax, # Axes to draw on
     maps:AttentionMaps, # For the size of the image
@@ -116,22 +127,13 @@ def draw_attention(
     query=None, # `(y, x)` of an image pixel whose token is outlined
     vmax=None, # End of the colour scale, in multiples of an equal share
 ):
-    "A map of attention under the isophotes of the galaxy; returns what a colour bar needs"
+    "A map of attention under the isophotes of the galaxy; returns what `attention_bar` needs"
     drawn = ax.imshow(maps.upsampled(values*values.size), cmap='viridis', vmin=0, vmax=vmax, interpolation='nearest')
     _isophotes(ax, image)
     if query is not None: _outline(ax, maps, values.shape, query)
     ax.set_title(title, fontsize=7.5)
     ax.set_axis_off()
     return drawn
-
-def _isophotes(ax, image):
-    light = gaussian_filter(image.mean(-1), 1)
-    levels = np.unique(np.percentile(light, (85, 95, 99)))
-    if np.ptp(light) > 0: ax.contour(light, levels, colors='white', linewidths=.6, alpha=.8)
-
-def _outline(ax, maps, grid, query):
-    (h, w), (y, x) = token_side(maps.size, grid), query
-    ax.add_patch(Rectangle((x//w*w - .5, y//h*h - .5), w, h, fill=False, ec='#ff4d4d', lw=1.5, clip_on=False))
 
 def attention_bar(
     drawn, # What `draw_attention` returned
@@ -141,7 +143,16 @@ def attention_bar(
     bar = drawn.axes.figure.colorbar(drawn, ax=axs, shrink=.9, aspect=15, pad=.02)
     bar.set_label('x equal share', fontsize=7); bar.ax.tick_params(labelsize=6, length=2)
 
-# %% ../../nbs/44_interpret.plot.ipynb #42277359
+# %% ../../nbs/44_interpret.plot.ipynb #9cde26cc
+def _verdict(p):
+    check = '' if p.truth is None else 'as in the catalogue' if p.truth == p.predicted else f'but is {_label(p.truth)}'
+    return f'{_label(p.predicted)}\n{check}'
+
+def _how(a):
+    if a.delta is None: return a.method.replace('_', ' ')
+    return f'against {a.baseline}, error {a.delta:.1%}'
+
+# %% ../../nbs/44_interpret.plot.ipynb #d7c017c2
 def plot_attribution(
     attribution:Attribution, # What to draw
     vmax=None, # Common end of the colour scale, logit a pixel
@@ -155,15 +166,14 @@ def plot_attribution(
     draw_contours(axs[2], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
     return fig
 
-def _verdict(p):
-    check = '' if p.truth is None else 'as in the catalogue' if p.truth == p.predicted else f'but is {_label(p.truth)}'
-    return f'{_label(p.predicted)}\n{check}'
+# %% ../../nbs/44_interpret.plot.ipynb #4639d1a3
+def _panels(maps, query, block, head, by): # `title, values, query` of each panel
+    block = range(len(maps.maps))[block]
+    looks = {'head': [(block, h) for h in range(len(maps.maps[block]))], 'block': [(b, head) for b in range(len(maps.maps))]}.get(by, [(block, head)])
+    name = lambda b, h: f"block {b}, {'all heads' if h is None else f'head {h}'}"
+    return [('all queries', maps.average(block, head), None)] + [(name(b, h), maps.query(*query, b, h), query) for b, h in looks]
 
-def _how(a):
-    if a.delta is None: return a.method.replace('_', ' ')
-    return f'against {a.baseline}, error {a.delta:.1%}'
-
-# %% ../../nbs/44_interpret.plot.ipynb #4b2567e5
+# %% ../../nbs/44_interpret.plot.ipynb #8b1cdd7c
 def plot_attention(
     maps:AttentionMaps, # What to draw
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
@@ -174,9 +184,7 @@ def plot_attention(
 )->Figure:
     "Galaxy with the query, the average over all queries, and where the query looks"
     query = query or (maps.size[0]//2, maps.size[1]//2)
-    block = range(len(maps.maps))[block]
-    looks = {'head': [(block, h) for h in range(len(maps.maps[block]))], 'block': [(b, head) for b in range(len(maps.maps))]}.get(by, [(block, head)])
-    panels = [('all queries', maps.average(block, head), None)] + [(_where(b, h), maps.query(*query, b, h), query) for b, h in looks]
+    panels = _panels(maps, query, block, head, by)
     vmax = max(values.max()*values.size for _, values, _ in panels)
     fig, axs = _figure(1.55*len(panels) + 2.2, 1.8, len(panels) + 1)
     draw_picture(axs[0], image, f'query {query[0]}, {query[1]}')
@@ -185,10 +193,7 @@ def plot_attention(
     attention_bar(drawn, axs)
     return fig
 
-def _where(block, head):
-    return f"block {block}, {'all heads' if head is None else f'head {head}'}"
-
-# %% ../../nbs/44_interpret.plot.ipynb #289c7883
+# %% ../../nbs/44_interpret.plot.ipynb #714612ba
 def plot_explanation(
     attribution:Attribution, # Prediction and attribution
     maps:AttentionMaps=None, # Attention, where the network has it

@@ -6,14 +6,14 @@
 __all__ = ['explanation_figure', 'explanation_png', 'attention_png', 'choice_controls', 'index_controls', 'attention_controls',
            'explorer_view', 'GalaxyExplorer']
 
-# %% ../../nbs/51_widgets.explorer.ipynb #5c127e2a
+# %% ../../nbs/51_widgets.explorer.ipynb #4bdf140d
 import base64, html, sys
-from functools import partial
+from functools import cached_property, lru_cache
 
 from traitlets import link
 from ..core import atomic_path, require, short_name
-from ..interpret.attention import token_side
-from ..interpret.attribution import Explainer, attribution_baselines, attribution_methods
+from ..interpret.attention import AttentionMaps, token_side
+from ..interpret.attribution import Attribution, Explainer, Prediction, attribution_baselines, attribution_methods
 from ..interpret.plot import Picture, plot_attention, plot_explanation, to_png
 from .state import ExplorerState, attempt
 
@@ -27,17 +27,25 @@ def explanation_figure(
     fig.text(.01, .5, state.error, va='center', fontsize=8, wrap=True)
     return fig
 
-# %% ../../nbs/51_widgets.explorer.ipynb #e9683eca
-def explanation_png(state): # An `ExplorerState`
-    "Bytes of the upper picture, empty if there is nothing to show"
-    return b'' if state.attribution is None else to_png(plot_explanation(state.attribution))
+# %% ../../nbs/51_widgets.explorer.ipynb #84ee13f6
+@lru_cache(16)
+def explanation_png(
+    attribution:Attribution, # What to draw
+)->bytes:
+    "The upper picture: galaxy, probabilities, attribution"
+    return to_png(plot_explanation(attribution))
 
-def attention_png(state): # An `ExplorerState`
-    "Bytes of the lower picture, empty if there is nothing to show"
-    if state.attention is None or state.prediction is None: return b''
-    return to_png(plot_attention(state.attention, state.prediction.image, state.query, state.block, state.head))
+# %% ../../nbs/51_widgets.explorer.ipynb #8af8c763
+@lru_cache(16)
+def attention_png(
+    maps:AttentionMaps, # What to draw
+    prediction:Prediction, # For the galaxy
+    *where, # `query`, `block`, `head`, as for `plot_attention`
+)->bytes:
+    "The lower picture: where the query looks, and all queries on average"
+    return to_png(plot_attention(maps, prediction.image, *where))
 
-# %% ../../nbs/51_widgets.explorer.ipynb #0925f644
+# %% ../../nbs/51_widgets.explorer.ipynb #2de0135d
 def _dropdown(state, name, options, label):
     w = require('ipywidgets', 'widgets')
     def show(v): return '' if v is None else v
@@ -46,6 +54,7 @@ def _dropdown(state, name, options, label):
     link((state, name), (control, 'value'), transform=(show, read))
     return control
 
+# %% ../../nbs/51_widgets.explorer.ipynb #19cc617f
 def _classes(state): return [(short_name(str(c)), c) for c in state.answers.explainer.learn.dls.vocab]
 
 def choice_controls(
@@ -57,7 +66,7 @@ def choice_controls(
             _dropdown(state, 'target', [('as predicted', '')] + _classes(state), 'speaks for'),
             _dropdown(state, 'baseline', list(attribution_baselines), 'baseline')]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #7407323a
+# %% ../../nbs/51_widgets.explorer.ipynb #2a94b412
 def index_controls(
     state:ExplorerState, # Tied to every control
 )->list: # Slider and two buttons
@@ -72,7 +81,7 @@ def index_controls(
     back.on_click(lambda b: state.previous()); on.on_click(lambda b: state.next())
     return [slider, back, on]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #0fdf3e92
+# %% ../../nbs/51_widgets.explorer.ipynb #b4ce205e
 def attention_controls(
     state:ExplorerState, # Tied to every control; its attention must be there
 )->list: # Two dropdowns, two sliders
@@ -89,17 +98,18 @@ def attention_controls(
     state.observe(lambda change: [setattr(s, 'value', q) for s, q in zip(sliders, change.new or ())], 'query')
     return controls + sliders
 
-# %% ../../nbs/51_widgets.explorer.ipynb #3e9a473c
-def _fill(image, draw, problems):
-    image.value = attempt(draw, problems) or b''
+# %% ../../nbs/51_widgets.explorer.ipynb #7b2fb57e
+def _fill(image, answers, draw, problems):
+    image.value = b'' if None in answers else attempt(draw, problems) or b''
     image.layout.display = '' if image.value else 'none'
 
+# %% ../../nbs/51_widgets.explorer.ipynb #1b7f64b3
 def _message(state, problems):
     if state.busy: return '<i>computing …</i>'
     text = '. '.join(filter(None, [state.error, *problems]))
     return text and f'<span style="color:#b00020">{html.escape(text)}</span>'
 
-# %% ../../nbs/51_widgets.explorer.ipynb #24c526bc
+# %% ../../nbs/51_widgets.explorer.ipynb #8bd8697a
 def explorer_view(
     state:ExplorerState, # What to show
 ): # An ipywidgets `VBox`
@@ -115,8 +125,9 @@ def explorer_view(
         problems = {}
         if not state.busy:
             if state.attention is not None and not attention.children: add_controls()
-            _fill(upper, partial(explanation_png, state), problems)
-            _fill(lower, partial(attention_png, state), problems)
+            _fill(upper, [state.attribution], lambda: explanation_png(state.attribution), problems)
+            _fill(lower, [state.attention, state.prediction],
+                  lambda: attention_png(state.attention, state.prediction, state.query, state.block, state.head), problems)
         line.value = _message(state, problems)
     state.observe(draw, 'busy')
     choices = w.HBox(choice_controls(state), layout={'flex_flow': 'row wrap'})
@@ -124,19 +135,17 @@ def explorer_view(
     draw()
     return view
 
-# %% ../../nbs/51_widgets.explorer.ipynb #6a62de49
+# %% ../../nbs/51_widgets.explorer.ipynb #c291f727
 class GalaxyExplorer:
     "Look at a learner's galaxies one after another: prediction, attribution, attention"
     def __init__(self,
         learn, # A trained `Learner`
         items=None, # Rows, paths or pictures to look at; the validation set by default
     ):
-        self.state, self._view = ExplorerState(Explainer(learn), items), None
+        self.state = ExplorerState(Explainer(learn), items)
 
-    @property
-    def widget(self): # Made when first asked for; an `ImportError` says how to install ipywidgets
-        if self._view is None: self._view = explorer_view(self.state)
-        return self._view
+    @cached_property
+    def widget(self): return explorer_view(self.state)
 
     def figure(self):
         "The state as a figure"

@@ -107,7 +107,7 @@ class ExplorerState(Choices):
         for name, ask in questions(self).items(): self.set_trait(name, attempt(ask, problems))
         self.error, self.busy = '. '.join(problems), False
 
-# %% ../../nbs/50_widgets.state.ipynb #7def0199
+# %% ../../nbs/50_widgets.state.ipynb #123e38b4
 def attempt(
     ask, # Function without arguments
     problems:dict, # Gets a sentence as a key if `ask` fails
@@ -116,6 +116,7 @@ def attempt(
     try: return ask()
     except Exception as e: problems[sentence(e)] = e
 
+# %% ../../nbs/50_widgets.state.ipynb #9e2f682f
 def questions(
     state, # An `ExplorerState`
 )->dict: # Name of an answer to a function that gets it
