@@ -155,7 +155,7 @@ def second_survey(
     save_astroformer(tuned, Path(job.out)/'galaxies_b', source=b.source)
     return dict(before=evaluate(learn, b.take(dls.valid_ds.items))['metrics'], after=evaluate(tuned)['metrics'])
 
-# %% ../nbs/56_job.ipynb #8eb78ac8
+# %% ../nbs/56_job.ipynb #d70c2e02
 def explain_cases(
     learn, # A trained learner
     scores, # As from `evaluate`, on its validation galaxies
@@ -174,8 +174,11 @@ def _sections(learn, galaxies, scores, fresh, second, cases):
     yield 'Held-out galaxies', [_sentence(m), plot_confusion(scores['y'], scores['p'], list(dls.vocab)), plot_class_table(scores['table']), scores['table']]
     if fresh: yield 'A fresh simulation', [_sentence(fresh)]
     if second: yield 'A second survey', ['Before fine-tuning: ' + _sentence(second['before']), 'After fine-tuning to 200 labelled galaxies: ' + _sentence(second['after'])]
-    yield 'Right, and why', cases['right']
+    yield 'Right, and why', [_how_to_read] + cases['right']
     yield 'Wrong, and why', cases['wrong'] or ['No held-out galaxy was misclassified.']
+
+_how_to_read = ('From left: the galaxy; the probabilities; what each pixel did for the logit of the predicted class, compared with an empty sky (Integrated Gradients; '
+                '"error" is the share of the logit that was not accounted for); the same as contours; and how much each token of the attention stage was looked at.')
 
 def _sentence(m):
     low, high = m['accuracy_95']

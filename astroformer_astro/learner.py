@@ -41,7 +41,7 @@ def class_weights(
     w = w*counts.sum()/(w*counts).sum()
     return torch.where(counts > 0, w, torch.ones(n))
 
-# %% ../nbs/32_learner.ipynb #8afa81bd
+# %% ../nbs/32_learner.ipynb #0684e1bc
 def astroformer_learner(
     dls, # `GalaxyDataLoaders`
     arch='astroformer_pico', # A name in `model_cfgs`, or an `nn.Module` of your own
@@ -61,7 +61,7 @@ def astroformer_learner(
     if pretrained is not None: load_pretrained(model, pretrained, classes=dls.vocab)
     labels = [dls.vocab.o2i[l] for l in dls.catalog.label.iloc[list(dls.train_ds.items)]]
     loss = CrossEntropyLossFlat(weight=class_weights(labels, len(dls.vocab), weight_power).to(dls.device), label_smoothing=label_smoothing)
-    cbs = L(GradientClip(clip)) + L(MixedPrecision() if dls.device.type == 'cuda' else None) + L(cbs)
+    cbs = L(GradientClip(clip)) + L(MixedPrecision() if torch.device(dls.device).type == 'cuda' else None) + L(cbs)
     splitter = astroformer_splitter if isinstance(model, Astroformer) else params
     learn = Learner(dls, model, loss, splitter=splitter, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)], wd=wd, lr=lr, cbs=cbs)
     if pretrained is not None: learn.freeze()

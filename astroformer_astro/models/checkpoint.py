@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['model_card', 'save_astroformer', 'read_card', 'load_astroformer', 'load_pretrained', 'from_timm', 'to_timm']
 
-# %% ../../nbs/23_models.checkpoint.ipynb #99082c05
+# %% ../../nbs/23_models.checkpoint.ipynb #5b4a9217
 import hashlib, json, platform, re
 from dataclasses import asdict
 from pathlib import Path
 
 import torch, timm
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from ..core import GalaxyDataError, atomic_path
 from .astroformer import Astroformer, AstroformerCfg
 
@@ -32,7 +32,7 @@ def _pair(path):
     if path.suffix not in ('.safetensors', '.json'): path = path.with_name(path.name + '.safetensors')
     return path.with_suffix('.safetensors'), path.with_suffix('.json')
 
-# %% ../../nbs/23_models.checkpoint.ipynb #3ab1570f
+# %% ../../nbs/23_models.checkpoint.ipynb #80582058
 def save_astroformer(
     learn, # A `Learner` whose `dls` know their classes and statistics, or an `Astroformer`
     path, # Where to write; `galaxies` becomes `galaxies.safetensors` and `galaxies.json`
@@ -41,10 +41,9 @@ def save_astroformer(
     "Write weights and card, each whole or not at all"
     model, dls = getattr(learn, 'model', learn), getattr(learn, 'dls', None)
     weights, card = _pair(path)
-    with atomic_path(weights) as tmp:
-        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, tmp)
-        digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-    info = model_card(model, getattr(dls, 'classes', ()), getattr(dls, 'stats', None), **record) | dict(weights_sha256=digest)
+    data = save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
+    with atomic_path(weights) as tmp: tmp.write_bytes(data)
+    info = model_card(model, getattr(dls, 'classes', ()), getattr(dls, 'stats', None), **record) | dict(weights_sha256=hashlib.sha256(data).hexdigest())
     with atomic_path(card) as tmp: tmp.write_text(json.dumps(info, indent=1))
     return weights
 
@@ -66,7 +65,7 @@ def _weights(path):
     except FileNotFoundError: raise GalaxyDataError(f'{weights} does not exist; give the path of saved weights.') from None
     except (SafetensorError, OSError) as e: raise GalaxyDataError(f'{weights} cannot be read as safetensors ({e}); it may be incomplete.') from None
 
-# %% ../../nbs/23_models.checkpoint.ipynb #2f2f453c
+# %% ../../nbs/23_models.checkpoint.ipynb #e19e916c
 def load_astroformer(
     path, # Path of the weights, with their card beside them
 )->Astroformer: # In evaluation mode; its `.card` holds the classes, statistics and record
@@ -76,11 +75,12 @@ def load_astroformer(
         cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in card['cfg'].items()}
         model = Astroformer(AstroformerCfg(**cfg))
         model.load_state_dict(state)
+        if hashlib.sha256(_pair(path)[0].read_bytes()).hexdigest() != card['weights_sha256']: raise RuntimeError('their SHA-256 differs')
     except (RuntimeError, TypeError, KeyError) as e: raise GalaxyDataError(f'the weights of {path} are not those of the network its card describes ({str(e).splitlines()[0]}).') from None
     model.card = card
     return model.eval()
 
-# %% ../../nbs/23_models.checkpoint.ipynb #e5bb9894
+# %% ../../nbs/23_models.checkpoint.ipynb #52dca0f6
 def load_pretrained(
     model:Astroformer, # The network to fill; changed in place
     path, # Saved weights of the same architecture
@@ -99,7 +99,7 @@ def load_pretrained(
 
 def _mismatch(old, new, names): return ', '.join(f'{n} {getattr(old, n)} instead of {getattr(new, n)}' for n in names)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #9b68366f
+# %% ../../nbs/23_models.checkpoint.ipynb #37ceee81
 def from_timm(
     state:dict, # State dict of timm's `MaxxVit` or of the published Astroformer code
 )->dict: # State dict for `Astroformer`
