@@ -10,15 +10,18 @@ options = $(if $(DATA),--data "$(DATA)") $(if $(CATALOG),--catalog "$(CATALOG)")
           $(if $(SIZE),--size "$(SIZE)") $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") \
           $(if $(SEED),--seed "$(SEED)")
 
-.PHONY: demo test lab slow bench docs
+.PHONY: demo test lab slow docs
 
 demo: $(VENV)/ready
 	@$(BIN)/astroformer train --out "$(OUT)" $(options)
 
+# Two processes of one thread each are faster than two that fight over the cores
+test slow: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/ready
 	$(BIN)/python tests/check_notebooks.py
 	$(BIN)/nbdev-test --n_workers 2
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2
 
 slow: $(VENV)/ready
 	$(BIN)/nbdev-test --flags slow

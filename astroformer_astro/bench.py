@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['spread', 'bench_accuracy', 'few_labels', 'bench_transfer']
 
-# %% ../nbs/59_bench.ipynb #1afdee95
+# %% ../nbs/59_bench.ipynb #0209632e
 import tempfile, time
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from .core import GalaxyDataError, seed_everything
 from .data.block import GalaxyDataLoaders
 from .data.hdf5 import read_hdf5
 from .data.images import read_catalog
-from .job import EpochLines, default_epochs, write_json
-from .learner import astroformer_learner, evaluate
+from .job import default_epochs, fit, write_json
+from .learner import astroformer_learner, evaluate, fine_tune_recipe
 from .models.astroformer import model_cfgs
 from .synth import synth_galaxy10
 
@@ -28,10 +28,10 @@ def spread(
     "Mean and standard deviation (n - 1) over the seeds"
     return rows.groupby(by, sort=False)[list(columns)].agg(['mean', 'std']).round(4)
 
-# %% ../nbs/59_bench.ipynb #414a3401
-def _fit(learn, epochs, fine_tune=False):
+# %% ../nbs/59_bench.ipynb #14b66cd6
+def _timed_fit(learn, epochs, fine_tune=False):
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(EpochLines()): (learn.fine_tune if fine_tune else learn.fit_one_cycle)(epochs)
+    fit(learn, epochs, fine_tune)
     return time.perf_counter() - start
 
 def _arch(name, dls):
@@ -44,7 +44,7 @@ def _report(rows, by, columns, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
     return pd.DataFrame(rows)
 
-# %% ../nbs/59_bench.ipynb #c549a76e
+# %% ../nbs/59_bench.ipynb #e45e89f5
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
@@ -62,7 +62,7 @@ def bench_accuracy(
             seed_everything(seed)
             dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
             learn = astroformer_learner(dls, _arch(arch, dls))
-            seconds = _fit(learn, epochs or default_epochs(len(dls.train_ds)))
+            seconds = _timed_fit(learn, epochs or default_epochs(len(dls.train_ds)))
             parameters = sum(p.numel() for p in learn.model.parameters())
             rows.append(dict(arch=arch, seed=seed, parameters=parameters, seconds=seconds) | evaluate(learn)['metrics'])
     return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=catalog, epochs=epochs, size=size)
@@ -81,7 +81,7 @@ def few_labels(
         rows.append(rng.permutation(members)[:per_class])
     return np.sort(np.concatenate(rows))
 
-# %% ../nbs/59_bench.ipynb #8a2d29da
+# %% ../nbs/59_bench.ipynb #dbaf6ef1
 def bench_transfer(
     catalog:str, # CSV or Parquet table of image files: the new survey
     pretrained:str, # Weights of the old survey
@@ -90,20 +90,20 @@ def bench_transfer(
     y:str='label', # Column with the classes
     per_class:int=40, # Labelled galaxies of each class
     seeds:int=3, # Draws of them
-    epochs:int=60, # Epochs, from scratch and in fine-tuning
+    epochs:int=60, # Epochs of fine-tuning after those for the head alone; from scratch, of both together
     size:int=64, # Side of the cut-outs, px
     out:str=None, # JSON file to write
 )->pd.DataFrame:
-    "Few labels of a new survey: from scratch against fine-tuned, same galaxies, same epochs"
+    "Few labels of a new survey: from scratch against fine-tuned, same galaxies, same number of epochs"
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
     for seed in range(seeds):
         train = few_labels(galaxies.catalog.label, per_class, seed)
         test = np.setdiff1d(np.arange(len(galaxies)), train)
-        some = galaxies.take(np.r_[train, test[:64]])     # fastai wants a validation set; the score is taken on all of the test
+        some = galaxies.take(np.r_[train, test[::max(1, len(test)//64)]])     # fastai wants a validation set; the score is taken on all of the test
         for start, weights in (('scratch', None), ('fine-tuned', pretrained)):
             seed_everything(seed)
             dls = GalaxyDataLoaders.from_galaxies(some, valid=range(len(train), len(some)), bs=32)
             learn = astroformer_learner(dls, arch, pretrained=weights)
-            seconds = _fit(learn, epochs, fine_tune=bool(weights))
+            seconds = _timed_fit(learn, epochs if weights else epochs + fine_tune_recipe['freeze_epochs'], fine_tune=bool(weights))
             rows.append(dict(start=start, seed=seed, seconds=seconds) | evaluate(learn, galaxies.take(test))['metrics'])
     return _report(rows, 'start', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=catalog, pretrained=str(pretrained), per_class=per_class, epochs=epochs)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #e80ab2ac
+# %% ../../nbs/15_data.block.ipynb #1ffebf96
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from fasttransform import Transform
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from ..core import GalaxyDataError
@@ -21,7 +22,7 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor
 
-# %% ../../nbs/15_data.block.ipynb #b6e386ec
+# %% ../../nbs/15_data.block.ipynb #60adf0b6
 class CutoutReader:
     "From an item to its `H x W x 3` uint8 pixels"
     def __init__(self,
@@ -36,7 +37,9 @@ class CutoutReader:
         item, # Row number, path, catalogue row, PIL image or `H x W x 3` uint8 array
     ):
         if isinstance(item, (int, np.integer)): return self.images[item]
-        if isinstance(item, pd.Series): item = self.folder/item[self.x]
+        if isinstance(item, pd.Series):
+            if self.x not in item: raise GalaxyDataError(f'the catalogue row has no column {self.x!r}; give row numbers, or a table of image files.')
+            item = self.folder/item[self.x]
         if isinstance(item, (str, Path)): return read_image(item, self.size)
         if isinstance(item, np.ndarray) and (item.dtype != np.uint8 or item.ndim != 3 or item.shape[-1] != 3):
             raise GalaxyDataError(f'an array of {item.dtype} {item.shape} is no picture; expected uint8 (H, W, 3).')
@@ -57,7 +60,7 @@ def GalaxyBlock()->TransformBlock:
     "A fastai `TransformBlock` for cut-outs: pixels to `TensorGalaxy`, on a scale of 0 to 1 in the batch"
     return TransformBlock(type_tfms=TensorGalaxy.create, batch_tfms=IntToFloatTensor)
 
-# %% ../../nbs/15_data.block.ipynb #9c4087dc
+# %% ../../nbs/15_data.block.ipynb #26c2908a
 class GalaxyDataLoaders(DataLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.catalog`, `.classes`, `.stats`, `.size`, `.source`"
 
@@ -74,16 +77,17 @@ class GalaxyDataLoaders(DataLoaders):
         num_workers:int=0, # Processes that load; pixels are in memory already, so none is fastest
         device=None, # Where batches go; the GPU where there is one
         reader=None, # Takes an item to its pixels; a `CutoutReader` of these galaxies by default
+        y:str='label', # Column with the classes in rows of other catalogues
     ):
         "Split without leaks, measure the statistics, and build the loaders"
         cat = galaxies.catalog
         groups = sky_groups(cat.ra, cat.dec, separation) if {'ra', 'dec'} <= set(cat) else None
         if valid is None: train, valid = split_galaxies(cat.label, groups, valid_pct, seed)
         else: train = np.setdiff1d(np.arange(len(cat)), valid)
-        stats = stats or band_statistics(galaxies.images[train])
-        tfms = L(augment() if isinstance(augment, type) else augment) + [Standardize(*stats)]
+        stats = stats or band_statistics(galaxies.images, train)
+        tfms = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment) + [Standardize(*stats)]
         dblock = DataBlock(blocks=(GalaxyBlock(), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=IndexSplitter(valid),
-                           get_x=reader or CutoutReader(galaxies.images), get_y=LabelReader(cat.label), batch_tfms=tfms)
+                           get_x=reader or CutoutReader(galaxies.images), get_y=LabelReader(cat.label, y), batch_tfms=tfms)
         dls = dblock.dataloaders(range(len(cat)), bs=min(bs, len(train)), num_workers=num_workers, device=device)
         return cls(*dls.loaders, device=dls.device)._know(galaxies, groups, stats)
 
@@ -95,13 +99,14 @@ class GalaxyDataLoaders(DataLoaders):
     @classmethod
     def from_card(cls,
         card:dict, # As from `read_card`
-        **kwargs
+        device=None, # Where batches go; the GPU where there is one
     ):
         "Loaders without galaxies of their own, whose `test_dl` prepares new ones as the network of this card expects"
         size, classes = card['cfg']['img_size'][0], tuple(card['classes'])
         blank = GalaxySet(np.zeros((4, size, size, 3), np.uint8), pd.DataFrame(dict(label=classes[:2]*2)), classes, 'a card')
-        kwargs = dict(valid_pct=.5) | kwargs
-        return cls.from_galaxies(blank, stats=card['stats'], **kwargs)
+        dls = cls.from_galaxies(blank, stats=card['stats'], valid_pct=.5, device=device)
+        dls.catalog = dls.catalog.iloc[:0]       # the blanks only hold the place: there is nothing to score or to explain
+        return dls
 
     @classmethod
     @delegates(from_galaxies)
@@ -129,7 +134,8 @@ class GalaxyDataLoaders(DataLoaders):
     ):
         "From a table of JPEG or PNG files; raises `GalaxyDataError` naming the rows that cannot be used"
         g = read_catalog(table, images, x, y, size, bad, progress)
-        return cls.from_galaxies(g, reader=CutoutReader(g.images, images or '.', x), **kwargs)
+        if images is None: images = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
+        return cls.from_galaxies(g, reader=CutoutReader(g.images, images, x), y=y, **kwargs)
 
     def test_dl(self,
         test_items, # Row numbers, paths, pictures, arrays, or a `DataFrame` of catalogue rows

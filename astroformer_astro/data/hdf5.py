@@ -12,7 +12,7 @@ import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, galaxy10_classes
 from .images import GalaxySet, bar, pixel_store, to_cutout
 
-# %% ../../nbs/11_data.hdf5.ipynb #6a204dba
+# %% ../../nbs/11_data.hdf5.ipynb #4e0ccff2
 def check_layout(
     f:h5py.File, # An open file
     classes, # Class names in the order of their numbers
@@ -20,7 +20,7 @@ def check_layout(
     "Raise `GalaxyDataError` unless `f` is in the Galaxy10 layout with labels inside `classes`"
     name = Path(f.filename)
     for key in 'images', 'ans':
-        if key not in f: raise GalaxyDataError(f"{name} has no dataset {key!r}; it has {', '.join(f) or 'none'}, and a Galaxy10 file has 'images' and 'ans'.")
+        if not isinstance(f.get(key), h5py.Dataset): raise GalaxyDataError(f"{name} has no dataset {key!r}; it has {', '.join(f) or 'none'}, and a Galaxy10 file has 'images' and 'ans'.")
     images, ans = f['images'], f['ans']
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise GalaxyDataError(f"'images' of {name} is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3).")
@@ -39,7 +39,7 @@ def slabs(
     step *= max(1, rows//step)
     return [slice(i, min(i + step, len(images))) for i in range(0, len(images), step)]
 
-# %% ../../nbs/11_data.hdf5.ipynb #ec22c9ee
+# %% ../../nbs/11_data.hdf5.ipynb #e4771fa6
 def read_hdf5(
     path, # A file in the Galaxy10 layout
     size:int=64, # Side of the cut-outs, px
@@ -49,10 +49,10 @@ def read_hdf5(
     "A survey from HDF5; raises `GalaxyDataError` for a file that is missing, no HDF5, or of another layout"
     if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of an HDF5 file in the Galaxy10 layout.')
     try: f = h5py.File(path)
-    except OSError as e: raise GalaxyDataError(f'{path} cannot be opened as HDF5 ({e}); it may be incomplete or of another format.') from None
+    except OSError as e: raise GalaxyDataError(f"{path} cannot be opened as HDF5 ({' '.join(str(e).split())}); it may be incomplete or of another format.") from None
     with f:
         if classes is None: classes = f.attrs.get('classes', galaxy10_classes)
-        classes = tuple(str(c) for c in classes)
+        classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in classes)
         check_layout(f, classes)
         try: return GalaxySet(_pixels(f['images'], size, progress), _catalog(f, classes), classes, str(path))
         except OSError as e: raise GalaxyDataError(f'{path} is damaged: its pixels cannot be read ({e}).') from None
@@ -63,10 +63,13 @@ def _pixels(images, size, progress):
         for i, img in enumerate(images[rows], rows.start): out[i] = to_cutout(img, size)
     return out
 
-# %% ../../nbs/11_data.hdf5.ipynb #3425369a
+# %% ../../nbs/11_data.hdf5.ipynb #3d4d52c5
 def _catalog(f, classes):
     n = len(f['ans'])
-    cat = pd.DataFrame({k: f[k][:] for k in f if k not in ('images', 'ans') and f[k].shape == (n,)})
+    columns = {k: d for k, d in f.items() if k not in ('images', 'ans', 'label') and isinstance(d, h5py.Dataset) and d.shape == (n,)}
+    cat = pd.DataFrame({k: d.asstr()[:] if d.dtype.kind in 'SO' else d[:] for k, d in columns.items()})
     cat.insert(0, 'label', np.array(classes)[f['ans'][:]])
-    if n > 1 and {'redshift', 'dec'} <= set(cat) and np.array_equal(cat.redshift, cat.dec): cat['redshift'] = np.nan
+    if n > 1 and {'redshift', 'dec'} <= set(cat) and np.array_equal(cat.redshift, cat.dec):
+        print(f"the column 'redshift' of {f.filename} is a copy of 'dec'; it is taken as missing.")
+        cat['redshift'] = np.nan
     return cat

@@ -17,19 +17,20 @@ from PIL import Image, UnidentifiedImageError
 from fastprogress.fastprogress import progress_bar
 from ..core import GalaxyDataError
 
-# %% ../../nbs/10_data.images.ipynb #5a163358
+# %% ../../nbs/10_data.images.ipynb #023b0dc7
 def to_cutout(
     img, # A PIL image or `H x W x 3` array, uint8
     size:int, # Side of the result, px
 )->np.ndarray: # `size x size x 3`, uint8
     "The central square of a picture at `size` px"
     if isinstance(img, np.ndarray): img = Image.fromarray(img)
+    if img.mode[0] in 'IF': raise GalaxyDataError(f'the picture has {img.mode} pixels; pictures are read with 8 bits a band')
     side = min(img.size)
     left, top = (img.width - side)//2, (img.height - side)//2
     img = img.convert('RGB').crop((left, top, left + side, top + side))
     return np.asarray(img if side == size else img.resize((size, size), Image.Resampling.LANCZOS))
 
-# %% ../../nbs/10_data.images.ipynb #4fdd523c
+# %% ../../nbs/10_data.images.ipynb #5e24e833
 def read_image(
     path, # JPEG, PNG or any other file Pillow reads
     size:int, # Side of the result, px
@@ -37,6 +38,7 @@ def read_image(
     "Cut-out from an image file; raises `GalaxyDataError` for a file that is missing, broken, no image, or blank"
     try:
         with Image.open(path) as img: cutout, text = to_cutout(img, size), _is_text(img)
+    except GalaxyDataError as e: raise GalaxyDataError(f'{path}: {e}') from None
     except FileNotFoundError: raise GalaxyDataError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise GalaxyDataError(f'{path} is not an image: {_begins(path)}') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise GalaxyDataError(f'{path} cannot be read ({e})') from None
@@ -132,7 +134,7 @@ def read_images(
         for _ in bar(pool.map(load, range(len(paths))), progress, len(paths)): pass
     return pixels, dict(sorted(problems.items()))
 
-# %% ../../nbs/10_data.images.ipynb #2a47cfdc
+# %% ../../nbs/10_data.images.ipynb #e59cfdf5
 def read_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -143,6 +145,7 @@ def read_catalog(
     progress:bool=True, # Show a progress bar
 )->GalaxySet:
     "A survey from a table of JPEG or PNG files; raises `GalaxyDataError` naming the rows that cannot be used"
+    if bad not in ('raise', 'skip'): raise GalaxyDataError(f"bad is {bad!r}; give 'raise' or 'skip'.")
     df, name = read_table(table), 'the table' if isinstance(table, pd.DataFrame) else str(table)
     check_columns(df, x, y, source=name)
     if images is None: images = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
@@ -151,8 +154,10 @@ def read_catalog(
     skipped = pd.DataFrame(sorted(problems.items()), columns=['row', 'problem'])
     if len(skipped) and bad == 'raise': raise GalaxyDataError(_bad_rows(skipped, len(df), name))
     use = np.setdiff1d(np.arange(len(df)), skipped.row)
-    df = df.iloc[use].reset_index(drop=True).assign(label=lambda d: d[y].astype(str))
-    return GalaxySet(pixels[use] if len(skipped) else pixels, df, tuple(sorted(df.label.unique())), name, skipped)
+    df = df.iloc[use].reset_index(drop=True)
+    numbers = df[y].convert_dtypes()           # 1, 2 and a gap are whole numbers again once the gap is gone
+    classes = tuple(str(c) for c in sorted(numbers.unique()))
+    return GalaxySet(pixels[use] if len(skipped) else pixels, df.assign(label=numbers.astype(str)), classes, name, skipped)
 
 def _bad_rows(skipped, n, name):
     shown = '; '.join(f'row {r.row}: {r.problem}' for r in skipped[:3].itertuples())

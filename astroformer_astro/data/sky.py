@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['sky_groups', 'split_galaxies']
 
-# %% ../../nbs/13_data.sky.ipynb #cc3e27a5
+# %% ../../nbs/13_data.sky.ipynb #e625596e
 import warnings
+from fractions import Fraction
+from itertools import islice
+
 import numpy as np
 from astropy import units as u
 from astropy.coordinates import SkyCoord, search_around_sky
@@ -15,14 +18,14 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 from ..core import GalaxyDataError
 
-# %% ../../nbs/13_data.sky.ipynb #2321c4fc
+# %% ../../nbs/13_data.sky.ipynb #2794dd3d
 def sky_groups(
     ra, # Right ascension, degrees; NaN where unknown
     dec, # Declination, degrees; NaN where unknown
     separation:float=60., # Objects closer than this are linked, arcsec
 )->np.ndarray: # Group number of each object, `N` integers
     "Connected groups of objects on the sky; an object without a position is a group of its own"
-    ra, dec = np.asarray(ra, float), np.asarray(dec, float)
+    ra, dec = _degrees(ra, 'ra', 0, 360), _degrees(dec, 'dec', -90, 90)
     known = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
     i, j = np.empty(0, int), np.empty(0, int)
     if len(known):
@@ -31,7 +34,15 @@ def sky_groups(
     links = coo_matrix((np.ones(len(i)), (i, j)), shape=(len(ra), len(ra)))
     return connected_components(links, directed=False)[1]
 
-# %% ../../nbs/13_data.sky.ipynb #b0d4e942
+# %% ../../nbs/13_data.sky.ipynb #a0bcd2c3
+def _degrees(values, name, low, high):
+    try: values = np.asarray(values, float)
+    except ValueError: raise GalaxyDataError(f'{name} holds {str(values[0])!r}; positions must be in decimal degrees.') from None
+    bad = values[(values < low) | (values > high)]
+    if len(bad): raise GalaxyDataError(f'{name} holds {bad[0]:g}; expected degrees from {low} to {high}.')
+    return values
+
+# %% ../../nbs/13_data.sky.ipynb #97d3c5ec
 def split_galaxies(
     labels, # Class of each galaxy
     groups=None, # Group of each galaxy, as from `sky_groups`
@@ -42,17 +53,20 @@ def split_galaxies(
     labels = np.asarray(labels)
     names, counts = np.unique(labels, return_counts=True)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    _check_split(names, counts, valid_pct)
-    folds = StratifiedGroupKFold(min(round(1/valid_pct), counts.max(), len(np.unique(groups))), shuffle=True, random_state=seed)
+    _check_split(names, counts, valid_pct, len(np.unique(groups)))
+    parts, total = Fraction(valid_pct).limit_denominator(20).as_integer_ratio()
+    folds = StratifiedGroupKFold(min(total, counts.max(), len(np.unique(groups))), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)      # a class smaller than the number of folds is no news here
-        train, valid = next(folds.split(labels, labels, groups))
+        valid = np.sort(np.concatenate([v for _, v in islice(folds.split(labels, labels, groups), parts)]))
+    train = np.setdiff1d(np.arange(len(labels)), valid)
     lost = set(names) - set(labels[train])
     if lost: raise GalaxyDataError(f"all galaxies of class {', '.join(sorted(map(str, lost)))} lie in one group of the sky, so none is left to train on; lower the separation or merge the class with another.")
     return train, valid
 
-def _check_split(names, counts, valid_pct):
+def _check_split(names, counts, valid_pct, groups):
     if not 0 < valid_pct <= .5: raise GalaxyDataError(f'valid_pct is {valid_pct}; give the share to hold out, above 0 and up to 0.5.')
     if len(names) < 2: raise GalaxyDataError(f"the {counts.sum()} galaxies are of {len(names)} class{'' if len(names)==1 else 'es'} ({', '.join(map(str, names))}); a classifier needs at least two.")
+    if groups < 2: raise GalaxyDataError('all galaxies lie in one group of the sky, so that no split keeps it whole; check ra and dec, or lower the separation.')
     few = [f'{n} ({c})' for n, c in zip(names, counts) if c < 2]
     if few: raise GalaxyDataError(f"every class needs at least 2 galaxies, one to train and one to validate on; too few of {', '.join(few)}: add galaxies, or merge or drop the class.")

@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     from fastai.vision.all import DisplayedTransform, TensorCategory, TensorImage, dispatch, get_grid, show_image
 from ..core import short_name
 
-# %% ../../nbs/12_data.tensor.ipynb #ea01dd0b
+# %% ../../nbs/12_data.tensor.ipynb #219ce635
 class TensorGalaxy(TensorImage):
     "A cut-out of a galaxy, `C x H x W`, or a batch of them, `B x C x H x W`"
     @classmethod
@@ -30,7 +30,7 @@ class TensorGalaxy(TensorImage):
     ):
         "Draw the three bands as colours; other numbers of bands as the grey of their mean"
         img = self.as_subclass(torch.Tensor).float()
-        if img.max() > 1: img = img/255
+        if self.dtype == torch.uint8: img = img/255
         if len(img) != 3: img = img.mean(0, keepdim=True)
         return show_image(img.clamp(0, 1), ctx=ctx, **({'cmap': 'gray'} | kwargs))
 
@@ -56,18 +56,18 @@ def show_results(x:TensorGalaxy, y:TensorCategory, samples, outs, ctxs=None, max
         ax.set_title(f'{short_name(str(truth))}\n{short_name(str(called))}', fontsize=7, color='#007050' if called == truth else '#C03000')
     return ctxs
 
-# %% ../../nbs/12_data.tensor.ipynb #45f33f26
+# %% ../../nbs/12_data.tensor.ipynb #82b80ad9
 def band_statistics(
     images, # `N x H x W x C`, uint8
-    step:int=500, # Images at a time
+    rows=None, # Which of them; all by default
 )->tuple: # Mean and standard deviation of each band on a scale of 0 to 1, two arrays of length `C`
-    "Mean and standard deviation of each band over all pixels, in bounded memory"
-    total, squares, n = 0., 0., 0
-    for i in range(0, len(images), step):
-        x = images[i:i+step].reshape(-1, images.shape[-1])/255.
-        total, squares, n = total + x.sum(0), squares + (x**2).sum(0), n + len(x)
-    mean = total/n
-    return mean, np.sqrt(np.maximum(squares/n - mean**2, 1e-12))
+    "Mean and standard deviation of each band over all pixels, exact, from a histogram"
+    counts, values = np.zeros((images.shape[-1], 256)), np.arange(256)/255
+    for i in range(len(images)) if rows is None else rows:
+        for c, pixels in zip(counts, images[i].reshape(-1, len(counts)).T): c += np.bincount(pixels, minlength=256)
+    share = counts/counts.sum(1, keepdims=True)
+    mean = share @ values
+    return mean, np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-12))
 
 # %% ../../nbs/12_data.tensor.ipynb #ddd0a145
 class Standardize(DisplayedTransform):

@@ -81,7 +81,7 @@ def index_controls(
     back.on_click(lambda b: state.previous()); on.on_click(lambda b: state.next())
     return [slider, back, on]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #b4ce205e
+# %% ../../nbs/51_widgets.explorer.ipynb #55dbf892
 def attention_controls(
     state:ExplorerState, # Tied to every control; its attention must be there
 )->list: # Two dropdowns, two sliders
@@ -92,7 +92,7 @@ def attention_controls(
                 _dropdown(state, 'head', [('mean of all', '')] + [(str(i), i) for i in range(max(map(len, maps.maps)))], 'head')]
     state.query = state.query or tuple(s//2 for s in maps.size)
     steps = token_side(maps.size, maps.grids[state.block])
-    sliders = [w.IntSlider(q, 0, s - 1, step, description=f'query {d}', continuous_update=False, layout={'width': '270px'})
+    sliders = [w.IntSlider(q, 0, s - 1, step, description=f'look from {d}', style={'description_width': '110px'}, continuous_update=False, layout={'width': '270px'})
                for q, s, step, d in zip(state.query, maps.size, steps, ('row', 'column'))]
     for s in sliders: s.observe(lambda change: setattr(state, 'query', tuple(s.value for s in sliders)), 'value')
     state.observe(lambda change: [setattr(s, 'value', q) for s, q in zip(sliders, change.new or ())], 'query')
@@ -109,13 +109,14 @@ def _message(state, problems):
     text = '. '.join(filter(None, [state.error, *problems]))
     return text and f'<span style="color:#b00020">{html.escape(text)}</span>'
 
-# %% ../../nbs/51_widgets.explorer.ipynb #8bd8697a
+# %% ../../nbs/51_widgets.explorer.ipynb #29ce17e5
 def explorer_view(
     state:ExplorerState, # What to show
 ): # An ipywidgets `VBox`
     "Controls, two pictures and a line for messages, kept in step with the state"
     w = require('ipywidgets', 'widgets')
-    upper, lower, line = w.Image(format='png'), w.Image(format='png'), w.HTML()
+    natural = {'max_width': '100%', 'align_self': 'flex-start'}
+    upper, lower, line = w.Image(format='png', layout=natural), w.Image(format='png', layout=natural), w.HTML()
     attention = w.HBox(layout={'flex_flow': 'row wrap'})
     def add_controls():
         state.unobserve(draw, 'busy')
