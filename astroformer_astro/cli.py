@@ -67,7 +67,7 @@ def cite():
 
 def train(**settings): run_job(Job(**settings))
 
-# %% ../nbs/60_cli.ipynb #c4973230
+# %% ../nbs/60_cli.ipynb #58e892d5
 _verbs = {'synth': synth, 'train': train, 'predict': predict, 'explain': explain, 'bench accuracy': bench_accuracy, 'bench transfer': bench_transfer, 'cite': cite}
 
 def _usage():
@@ -86,7 +86,7 @@ def main(
     f = _verbs[verb]
     options = vars(anno_parser(Job if f is train else f, prog=f'astroformer {verb}').parse_args(argv[len(verb.split()):]))
     try: f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
-    except GalaxyDataError as e:
+    except (GalaxyDataError, ImportError) as e:
         print(f'astroformer {verb}: {e}', file=sys.stderr)
         return 2
     return 0

@@ -138,14 +138,15 @@ def _standardise(learn, pictures):
     mean, std = _statistics(learn.dls, pictures)
     return (pictures - mean)/std
 
-# %% ../../nbs/41_interpret.attribution.ipynb #a1d7264e
+# %% ../../nbs/41_interpret.attribution.ipynb #25fa4791
 def truth_of(
     learn, # A fastai `Learner`
     item, # As for `read_picture`
 ): # Class name or `None`
     "Class of a row in the catalogue of the learner's loaders; `None` for anything else"
     catalog = getattr(learn.dls, 'catalog', None)
-    return catalog.label.iloc[item] if catalog is not None and isinstance(item, Integral) else None
+    known = catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog)
+    return catalog.label.iloc[item] if known else None
 
 # %% ../../nbs/41_interpret.attribution.ipynb #835c88c8
 def _predict(learn, item, picture):

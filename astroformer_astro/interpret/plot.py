@@ -6,8 +6,8 @@
 __all__ = ['to_png', 'Picture', 'draw_picture', 'draw_probabilities', 'scale_of', 'draw_heatmap', 'draw_contours',
            'draw_attention', 'attention_bar', 'plot_attribution', 'plot_attention', 'plot_explanation']
 
-# %% ../../nbs/44_interpret.plot.ipynb #0bf41b9f
-import io
+# %% ../../nbs/44_interpret.plot.ipynb #33546fc4
+import io, warnings
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,14 +17,17 @@ from ..core import short_name
 from .attention import AttentionMaps, token_side
 from .attribution import Attribution, Prediction
 
-# %% ../../nbs/44_interpret.plot.ipynb #76709ec9
+# %% ../../nbs/44_interpret.plot.ipynb #bb602fbc
 def to_png(
     fig:Figure, # Any figure
     dpi:int=100, # Pixels an inch
 )->bytes:
     "`fig` as the bytes of a PNG file"
     buffer = io.BytesIO()
-    fig.savefig(buffer, format='png', dpi=dpi)
+    with warnings.catch_warnings():
+        # a class name in a script that the font lacks is drawn as boxes, once; it need not be said for every letter
+        warnings.filterwarnings('ignore', message='Glyph .* missing from font')
+        fig.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
 
 # %% ../../nbs/44_interpret.plot.ipynb #ea65e6c6

@@ -6,12 +6,12 @@
 __all__ = ['explanation_figure', 'explanation_png', 'attention_png', 'choice_controls', 'index_controls', 'attention_controls',
            'explorer_view', 'GalaxyExplorer']
 
-# %% ../../nbs/51_widgets.explorer.ipynb #4bdf140d
+# %% ../../nbs/51_widgets.explorer.ipynb #11917b83
 import base64, html, sys
 from functools import cached_property, lru_cache
 
 from traitlets import link
-from ..core import atomic_path, require, short_name
+from ..core import GalaxyDataError, atomic_path, require, short_name
 from ..interpret.attention import AttentionMaps, token_side
 from ..interpret.attribution import Attribution, Explainer, Prediction, attribution_baselines, attribution_methods
 from ..interpret.plot import Picture, plot_attention, plot_explanation, to_png
@@ -136,13 +136,14 @@ def explorer_view(
     draw()
     return view
 
-# %% ../../nbs/51_widgets.explorer.ipynb #c291f727
+# %% ../../nbs/51_widgets.explorer.ipynb #bc1d1d94
 class GalaxyExplorer:
     "Look at a learner's galaxies one after another: prediction, attribution, attention"
     def __init__(self,
         learn, # A trained `Learner`
         items=None, # Rows, paths or pictures to look at; the validation set by default
     ):
+        if items is None and not len(getattr(learn.dls, 'catalog', 'unknown')): raise GalaxyDataError('this learner was loaded without galaxies; give some as `items`: paths, pictures or arrays.')
         self.state = ExplorerState(Explainer(learn), items)
 
     @cached_property
