@@ -44,7 +44,7 @@ def _report(rows, by, columns, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
     return pd.DataFrame(rows)
 
-# %% ../nbs/59_bench.ipynb #e45e89f5
+# %% ../nbs/59_bench.ipynb #43fd9ec0
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
@@ -65,7 +65,7 @@ def bench_accuracy(
             seconds = _timed_fit(learn, epochs or default_epochs(len(dls.train_ds)))
             parameters = sum(p.numel() for p in learn.model.parameters())
             rows.append(dict(arch=arch, seed=seed, parameters=parameters, seconds=seconds) | evaluate(learn)['metrics'])
-    return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=catalog, epochs=epochs, size=size)
+    return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, epochs=epochs, size=size)
 
 # %% ../nbs/59_bench.ipynb #61f580e2
 def few_labels(
@@ -81,7 +81,7 @@ def few_labels(
         rows.append(rng.permutation(members)[:per_class])
     return np.sort(np.concatenate(rows))
 
-# %% ../nbs/59_bench.ipynb #dbaf6ef1
+# %% ../nbs/59_bench.ipynb #c8bd10af
 def bench_transfer(
     catalog:str, # CSV or Parquet table of image files: the new survey
     pretrained:str, # Weights of the old survey
@@ -106,4 +106,4 @@ def bench_transfer(
             learn = astroformer_learner(dls, arch, pretrained=weights)
             seconds = _timed_fit(learn, epochs if weights else epochs + fine_tune_recipe['freeze_epochs'], fine_tune=bool(weights))
             rows.append(dict(start=start, seed=seed, seconds=seconds) | evaluate(learn, galaxies.take(test))['metrics'])
-    return _report(rows, 'start', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=catalog, pretrained=str(pretrained), per_class=per_class, epochs=epochs)
+    return _report(rows, 'start', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, pretrained=Path(pretrained).name, per_class=per_class, epochs=epochs)
