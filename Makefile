@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= out/demo
+OUT = out/demo
 
-# Passed on to `astroformer train`: make demo CATALOG=labels.csv IMAGES=cutouts LABEL=class
-options = $(if $(DATA),--data "$(DATA)") $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(IMAGES),--images "$(IMAGES)") \
-          $(if $(FILE),--x "$(FILE)") $(if $(LABEL),--y "$(LABEL)") $(if $(BAD),--bad "$(BAD)") $(if $(ARCH),--arch "$(ARCH)") \
-          $(if $(SIZE),--size "$(SIZE)") $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") \
-          $(if $(SEED),--seed "$(SEED)")
+# What stands on make's own command line goes to `astroformer train`; a variable of that name in the environment does not
+option = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
+options = $(call option,DATA,data) $(call option,CATALOG,catalog) $(call option,IMAGES,images) $(call option,FILE,x) \
+          $(call option,LABEL,y) $(call option,BAD,bad) $(call option,ARCH,arch) $(call option,SIZE,size) \
+          $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) $(call option,SEED,seed)
 
 .PHONY: demo test lab slow docs
 
@@ -20,7 +20,7 @@ test slow: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/ready
 	$(BIN)/python tests/check_notebooks.py
-	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest -q -n 2
 
 slow: $(VENV)/ready
