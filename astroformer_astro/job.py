@@ -6,8 +6,8 @@
 __all__ = ['default_epochs', 'seconds_per_epoch', 'minutes', 'EpochLines', 'telling_cases', 'Job', 'write_json', 'fit',
            'train_network', 'second_survey', 'explain_cases', 'run_job']
 
-# %% ../nbs/56_job.ipynb #1fe776e3
-import copy, json, platform, resource, sys, time
+# %% ../nbs/56_job.ipynb #e6c8b032
+import copy, itertools, json, platform, resource, sys, time
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -193,29 +193,30 @@ def _sentence(m):
     low, high = m['accuracy_95']
     return f"accuracy {m['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, on {m['n']} galaxies"
 
-# %% ../nbs/56_job.ipynb #839b91fd
+# %% ../nbs/56_job.ipynb #7e1f83b6
 def run_job(
     job:Job, # Settings
 )->dict: # What is in `metrics.json`
     "Read or simulate, train, evaluate, save, fine-tune to a second survey where there is one, explain, report"
     start, out, simulated = time.perf_counter(), Path(job.out), not (job.data or job.catalog)
-    def say(step, text): print(f'[{step}/5] {text} ({time.perf_counter() - start:.0f} s)', flush=True)
+    steps = itertools.count(1)
+    def say(text): print(f'[{next(steps)}/{5 if simulated else 4}] {text} ({time.perf_counter() - start:.0f} s)', flush=True)
     require('captum.attr', 'interpret')
     write_json(out/'job.json', job)
-    say(1, 'simulate a survey' if simulated else f'read {job.data or job.catalog}')
+    say('simulate a survey' if simulated else f'read {job.data or job.catalog}')
     galaxies = _read(job)
     print('      ' + galaxies.summary().replace('\n', '\n      '))
-    say(2, f"{'fine-tune' if job.pretrained else 'train'} {job.arch} on {'a GPU' if torch.cuda.is_available() else f'the CPU, threads: {torch.get_num_threads()}'}")
+    say(f"{'fine-tune' if job.pretrained else 'train'} {job.arch} on {'a GPU' if torch.cuda.is_available() else f'the CPU, threads: {torch.get_num_threads()}'}")
     learn, scores = train_network(job, galaxies)
     print('      held out: ' + _sentence(scores['metrics']))
     fresh = second = None
     if simulated:
         fresh = evaluate(learn, _simulate(job, 'a', 1000, job.seed + 1))['metrics']
         print('      fresh simulation: ' + _sentence(fresh))
-        say(3, 'fine-tune to survey b, labels for half of 400 galaxies'); second = second_survey(job, learn)
+        say('fine-tune to survey b, labels for half of 400 galaxies'); second = second_survey(job, learn)
         print(f"      survey b, balanced accuracy {second['before']['balanced_accuracy']:.3f} before, {second['after']['balanced_accuracy']:.3f} after")
-    say(4, 'explain right and wrong answers'); cases = explain_cases(learn, scores)
-    say(5, f'write {out}/report.html, metrics.json, galaxies.safetensors')
+    say('explain right and wrong answers'); cases = explain_cases(learn, scores)
+    say(f'write {out}/report.html, metrics.json, galaxies.safetensors')
     write_report(out/'report.html', f'{job.arch} on {Path(galaxies.source).name}', _sections(learn, galaxies, scores, fresh, second, cases))
     result = dict(job=job, held_out=scores['metrics'], classes=json.loads(scores['table'].to_json(orient='index')), fresh=fresh, second=second) | _costs(start)
     write_json(out/'metrics.json', result)
