@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['galaxy10_classes', 'galaxy10_counts', 'short_name', 'GalaxyDataError', 'seed_everything', 'require', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #a5408840
-import os, random, importlib
+# %% ../nbs/00_core.ipynb #3f9473ee
+import errno, importlib, os, platform, random
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -50,19 +51,37 @@ def require(
     except ImportError as e:
         raise ImportError(f"{module} is needed for this; install it with: pip install 'astroformer_astro[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #064afef5
+# %% ../nbs/00_core.ipynb #20f13dbc
 @contextmanager
 def atomic_path(
     path, # Final name of the file
 ):
     "Give a temporary `Path` beside `path`; on success it is renamed to `path`, on an error it is removed"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{platform.node()}-{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
+        if not _about(e, tmp, path): raise
         raise GalaxyDataError(f"{path} cannot be written ({e.strerror or e}); choose a folder you may write to.") from e
     finally:
         if path.parent.is_dir(): tmp.unlink(missing_ok=True)
+
+def _about(e, tmp, path):
+    "Whether an `OSError` is about writing `path`, and not about another file that was read meanwhile"
+    if e.filename is not None: return Path(e.filename) in (tmp, path, *path.parents)
+    return e.errno not in (None, errno.ENOENT)
+
+def _sweep(path):
+    for old in path.parent.glob(f'.{escape(path.name)}.{escape(platform.node())}-*.tmp'):
+        if not _runs(int(old.name.rsplit('-', 1)[1][:-4])): old.unlink(missing_ok=True)
+
+def _runs(pid):
+    if os.name != 'posix': return True      # elsewhere signal 0 would end the process
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True

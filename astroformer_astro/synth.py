@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['surveys', 'Survey', 'get_survey', 'sersic', 'edge_on', 'spiral_arms', 'expose', 'to_picture', 'synth_galaxy',
-           'class_counts', 'sky_positions', 'synth_arrays', 'synth_galaxy10']
+           'class_counts', 'sky_positions', 'synth_arrays', 'synth_galaxy10', 'synth_fits']
 
-# %% ../nbs/01_synth.ipynb #011e63d8
+# %% ../nbs/01_synth.ipynb #8a6ce446
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import h5py, numpy as np
 from astropy.cosmology import Planck18
+from astropy.io import fits
+from astropy.table import Table
 from fastprogress import progress_bar
 from scipy.fft import fftfreq, irfft2, rfft2, rfftfreq
 from scipy.special import gamma, gammaincinv, k1
@@ -28,16 +30,16 @@ def flux(
     "Flux in nanomaggies"
     return 10**((22.5-mag)/2.5)
 
-# %% ../nbs/01_synth.ipynb #da7cf022
+# %% ../nbs/01_synth.ipynb #c46acff8
 @dataclass(frozen=True)
 class Survey:
-    "What a telescope makes of the sky; tuples hold one value for each of three `bands`, blue to red"
+    "What a telescope makes of the sky; tuples hold one value for each of `bands`, blue to red"
     bands:tuple         # Names in `band_locus`
     fov:float           # Side of a cut-out, arcsec
     fwhm:tuple          # PSF full width at half maximum, arcsec
     depth:tuple         # Magnitude of a five-sigma point source
     gain:float          # Photo-electrons per nanomaggy, for the Poisson noise of the galaxy itself
-    weight:tuple        # Weight of each band in the picture, per nanomaggy in (0.262 arcsec)²
+    weight:tuple        # Weight of each band in the picture, per nanomaggy in (0.262 arcsec)²; () where there is no picture
     black:float         # Brightness of the empty sky in the picture, before the stretch
     footprint:tuple     # (lowest ra, highest ra, lowest dec, highest dec), degrees
     beta:float=3.5      # Moffat's exponent
@@ -55,12 +57,14 @@ class Survey:
         area = np.pi*self.alpha()**2*(2*self.beta-1)/(self.beta-1)**2
         return flux(np.array(self.depth))/5*self.pxscale(size)/np.sqrt(area)
 
-# %% ../nbs/01_synth.ipynb #5fe2e74f
+# %% ../nbs/01_synth.ipynb #9be4458c
 surveys = {
     'a': Survey(bands=('g', 'r', 'z'), fov=256*0.262, fwhm=(1.4, 1.3, 1.2), depth=(24.0, 23.5, 22.7), gain=1000,
                 weight=(6.0, 3.4, 2.2), black=.015, footprint=(0, 360, -18, 32)),
     'b': Survey(bands=('g', 'r', 'i'), fov=256*0.396, fwhm=(2.2, 2.0, 1.9), depth=(22.8, 22.4, 21.9), gain=200,
-                weight=(5.0, 3.8, 3.2), black=.005, footprint=(110, 260, 0, 60))}
+                weight=(5.0, 3.8, 3.2), black=.005, footprint=(110, 260, 0, 60)),
+    'c': Survey(bands=('g', 'r', 'i', 'z', 'y'), fov=256*0.2, fwhm=(.8, .75, .7, .7, .7), depth=(25.5, 25.2, 25.0, 24.4, 23.6), gain=3000,
+                weight=(), black=0, footprint=(150, 240, -5, 5))}
 
 def get_survey(
     survey, # A name in `surveys`, or a `Survey` of your own
@@ -282,9 +286,9 @@ def warp(
         return sum(np.sin((cos(k)*x + sin(k)*y)*(2*pi/(scale*w)) + a) for k,a,w in waves)*(strength/1.5**.5)
     return x + push(), y + push()
 
-# %% ../nbs/01_synth.ipynb #81cb239f
-band_locus = {'g': (1., 0.), 'r': (0., 0.), 'i': (-.575, .05), 'z': (-1.07, .155)}
-band_dust = {'g': 1.48, 'r': 1., 'i': .74, 'z': .56}
+# %% ../nbs/01_synth.ipynb #6cef4aa6
+band_locus = {'g': (1., 0.), 'r': (0., 0.), 'i': (-.575, .05), 'z': (-1.07, .155), 'y': (-1.3, .2)}
+band_dust = {'g': 1.48, 'r': 1., 'i': .74, 'z': .56, 'y': .47}
 Layer = namedtuple('Layer', 'light colour dust', defaults=(0.,))
 
 def relative_flux(
@@ -316,7 +320,7 @@ def expose(
     var = survey.sky_sigma(cube.shape[-1])[:,None,None]**2 + np.clip(cube, 0, None)/survey.gain
     return (cube + rng.standard_normal(cube.shape, np.float32)*np.sqrt(var)).astype(np.float32)
 
-# %% ../nbs/01_synth.ipynb #3186cfdf
+# %% ../nbs/01_synth.ipynb #880582f9
 def to_picture(
     cube,        # Nanomaggies per pixel, bands x H x W, blue to red
     survey='a',  # A name in `surveys`, or a `Survey`
@@ -324,6 +328,7 @@ def to_picture(
 ):
     "Lupton picture: H x W x 3 uint8, the reddest band as red"
     survey = get_survey(survey)
+    if not survey.weight: raise GalaxyDataError(f"A survey of {len(survey.bands)} bands has no picture; write it with synth_fits.")
     rgb = cube[::-1]*np.array(survey.weight[::-1], np.float32)[:,None,None]*(.262/survey.pxscale(cube.shape[-1]))**2 + survey.black
     mean = np.clip(rgb, 0, None).mean(0)
     rgb = rgb*np.arcsinh(q*mean)/np.clip(mean*q**.5, 1e-6, None)
@@ -664,7 +669,7 @@ def sky_positions(
     ra = (ra0 + u[:,2]*(ra1-ra0))[host] + near*np.cos(turn)/np.cos(dec)
     return np.degrees(ra) % 360, np.degrees(dec + near*np.sin(turn))
 
-# %% ../nbs/01_synth.ipynb #39de4570
+# %% ../nbs/01_synth.ipynb #c6b4bfc3
 def _table(n, size, seed, survey, balance):
     "The columns of a survey but its pictures"
     for name,v,least in (('n', n, 1), ('size', size, 32), ('seed', seed, 0)):
@@ -677,10 +682,14 @@ def _table(n, size, seed, survey, balance):
 
 def _galaxies(table, size, seed, survey):
     "Yield each row's picture and redshift"
+    for cube,z in _cubes(table, size, seed, survey): yield to_picture(cube, survey), z
+
+def _cubes(table, size, seed, survey):
+    "Yield each row's flux and redshift"
     for i,label in enumerate(table['ans']):
         rng = np.random.default_rng(np.random.SeedSequence([seed, i]))
         cube,truth = synth_galaxy(int(label), rng, size, survey)
-        yield to_picture(cube, survey), np.nan if rng.random() < .03 else truth['redshift']
+        yield cube, np.nan if rng.random() < .03 else truth['redshift']
 
 # %% ../nbs/01_synth.ipynb #b3f6ba0b
 def synth_arrays(
@@ -715,3 +724,32 @@ def synth_galaxy10(
             images[i],table['redshift'][i] = im,z
         for k,v in table.items(): f.create_dataset(k, data=v, track_times=False)
     return Path(path)
+
+# %% ../nbs/01_synth.ipynb #12de3b87
+def _header(survey, size, ra, dec):
+    "Bands, unit and world coordinates of a cube"
+    step = survey.pxscale(size)/3600
+    return fits.Header(dict(BUNIT='nanomaggy', BANDS=''.join(survey.bands), CTYPE1='RA---TAN', CTYPE2='DEC--TAN', CRVAL1=ra, CRVAL2=dec, CRPIX1=(size + 1)/2, CRPIX2=(size + 1)/2,
+                            CD1_1=-step, CD1_2=0., CD2_1=0., CD2_2=step, RADESYS='ICRS'))
+
+# %% ../nbs/01_synth.ipynb #7501b232
+def synth_fits(
+    folder,             # Folder for `00000.fits` and so on, and for `catalog.csv`
+    n:int=500,          # Number of galaxies
+    size:int=64,        # Pixels along a side
+    seed:int=0,         # Same arguments, same galaxies
+    survey='c',         # A name in `surveys`, or a `Survey`
+    balance='galaxy10', # As in `class_counts`
+    progress:bool=False,# Show a progress bar
+)->Path:                # Of the table: file, label, ra, dec (degrees), redshift, pxscale (arcsec/px)
+    "Write a simulated survey as FITS cubes in nanomaggies and a table of them"
+    table, survey, folder = _table(n, size, seed, survey, balance), get_survey(survey), Path(folder)
+    table['file'] = [f'{i:05}.fits' for i in range(n)]
+    for i,(cube,z) in enumerate(progress_bar(_cubes(table, size, seed, survey), total=n) if progress else _cubes(table, size, seed, survey)):
+        table['redshift'][i] = z
+        hdu = fits.PrimaryHDU(cube, _header(survey, size, table['ra'][i], table['dec'][i]))
+        hdu.add_checksum(when='when written')                # astropy would put the time, and no two files were alike
+        with atomic_path(folder/table['file'][i]) as tmp: hdu.writeto(tmp)
+    columns = dict(file=table['file'], label=[galaxy10_classes[k] for k in table['ans']], **{k: table[k] for k in ('ra', 'dec', 'redshift', 'pxscale')})
+    with atomic_path(folder/'catalog.csv') as tmp: Table(columns).write(tmp, format='ascii.csv')
+    return folder/'catalog.csv'

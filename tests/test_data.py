@@ -1,4 +1,4 @@
-"""Workers, pickles and splits: what the data notebooks do not show on a page."""
+"""Workers, pickles and turns: what the data notebooks do not show on a page."""
 import pickle
 
 import numpy as np, pytest, torch
@@ -7,7 +7,6 @@ from hypothesis import given, settings, strategies as st
 from astroformer_astro.core import seed_everything
 from astroformer_astro.data.augment import GalaxyAugment, dihedral
 from astroformer_astro.data.block import CutoutReader, GalaxyDataLoaders
-from astroformer_astro.data.sky import sky_groups, split_galaxies
 from astroformer_astro.data.tensor import TensorGalaxy
 from astroformer_astro.synth import synth_galaxy10
 
@@ -34,17 +33,6 @@ def test_a_seed_repeats_training_batches(path):
         return GalaxyDataLoaders.from_hdf5(path, bs=8, progress=False).one_batch()
     (a, ya), (b, yb) = batch(), batch()
     assert torch.equal(a, b) and torch.equal(ya, yb)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(30, 120), st.floats(10, 2000))
-def test_groups_never_straddle_a_split(seed, n, separation):
-    rng = np.random.default_rng(seed)
-    labels, groups = np.array(['a', 'b'])[np.arange(n) % 2], sky_groups(rng.uniform(0, 2, n), rng.uniform(-1, 1, n), separation)
-    if len(set(groups)) < 5: return
-    train, valid = split_galaxies(labels, groups, seed=seed % 1000)
-    assert not set(groups[train]) & set(groups[valid])
-    assert sorted([*train, *valid]) == list(range(n))
 
 
 @settings(max_examples=30, deadline=None)
