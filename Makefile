@@ -7,8 +7,9 @@ OUT = out/demo
 # What stands on make's own command line goes to `astroformer train`; a variable of that name in the environment does not
 option = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
 options = $(call option,DATA,data) $(call option,CATALOG,catalog) $(call option,IMAGES,images) $(call option,FILE,x) \
-          $(call option,LABEL,y) $(call option,BAD,bad) $(call option,ARCH,arch) $(call option,SIZE,size) \
-          $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) $(call option,SEED,seed)
+          $(call option,LABEL,y) $(call option,CLASSES,classes) $(call option,BAD,bad) \
+          $(call option,ARCH,arch) $(call option,SIZE,size) $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) \
+          $(call option,SEED,seed)
 
 .PHONY: demo test lab slow docs
 

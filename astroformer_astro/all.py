@@ -1,12 +1,16 @@
 """Everything a notebook needs: `from astroformer_astro.all import *`. Written by hand; floors in ascending order."""
 from .core import *
 from .synth import *
+from .data.stretch import *
 from .data.images import *
 from .data.hdf5 import *
+from .data.fits import *
 from .data.tensor import *
 from .data.sky import *
 from .data.augment import *
 from .data.block import *
+from .data.cutouts import *
+from .data.benchmarks import *
 from .models.attention import *
 from .models.blocks import *
 from .models.astroformer import *

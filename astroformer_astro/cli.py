@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['synth', 'predict', 'explain', 'cite', 'train', 'main']
 
-# %% ../nbs/60_cli.ipynb #12ee5b80
-import sys
+# %% ../nbs/60_cli.ipynb #eeb21491
+import sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 
 from fastcore.script import anno_parser
+from fastcore.xtras import trace
 from .bench import bench_accuracy, bench_transfer
 from .core import GalaxyDataError, atomic_path
 from .interpret.attribution import Explainer
-from .interpret.plot import plot_explanation, to_png
+from .interpret.plot import plot_explanation
 from .job import Job, run_job
 from .learner import load_astroformer_learner
 from .predict import predict_catalog
+from .report import counted
 from .synth import synth_galaxy10
+from matplotlib.figure import Figure
 
-# %% ../nbs/60_cli.ipynb #38724b26
+# %% ../nbs/60_cli.ipynb #cddf5b83
 def synth(
     path:str, # HDF5 file to write
     n:int=2000, # Galaxies
@@ -41,21 +44,36 @@ def predict(
 ):
     "Classify every galaxy of a catalogue"
     df = predict_catalog(load_astroformer_learner(weights), table, out, images, x, progress=sys.stderr.isatty())
-    print(f'{len(df)} rows written to {out}, {int(df.problem.notna().sum())} of them without a prediction: see the column problem')
+    bad = df.problem.dropna()
+    if len(bad) and len(bad) == len(df): raise GalaxyDataError(_none_predicted(bad, table, out))
+    print(f'{counted(len(df), "row")} written to {out}' + (f', {len(bad):,} of them without a prediction: the column problem says why' if len(bad) else ''))
 
-# %% ../nbs/60_cli.ipynb #a3d3a934
+def _none_predicted(bad, table, out):
+    gone = bad.str.endswith('does not exist').any()
+    todo = 'say with --images in which folder the files are' if gone else 'give pictures of galaxies'
+    return f'none of the {counted(len(bad), "row")} of {table} could be classified (row {bad.index[0]}: {bad.iloc[0]}); {todo}; the column problem of {out} lists every reason.'
+
+# %% ../nbs/60_cli.ipynb #e1144444
 def explain(
     weights:str, # Weights as written by `train`
     image:str, # JPEG or PNG file of a galaxy
-    out:str='explanation.png', # Picture to write
+    out:str='explanation.png', # Picture to write, of the kind that its name ends in: png, jpg, pdf, svg
     target:str=None, # Class to explain; the predicted one by default
     baseline:str='sky', # What the galaxy is compared with: `sky`, `black` or `blur`
 ):
     "Draw why a galaxy is classified as it is"
+    kind = _picture_kind(out)
     explainer = Explainer(load_astroformer_learner(weights))
     fig = plot_explanation(explainer.attribute(image, target=target, baseline=baseline), explainer.attention(image))
-    with atomic_path(out) as tmp: tmp.write_bytes(to_png(fig, dpi=150))
+    with atomic_path(out) as tmp, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Glyph .* missing from font')
+        fig.savefig(tmp, format=kind, dpi=150)
     print(out)
+
+def _picture_kind(out):
+    kind, known = Path(out).suffix[1:].lower(), Figure().canvas.get_supported_filetypes()
+    if kind not in known: raise GalaxyDataError(f"{out} ends in {Path(out).suffix!r}; a picture is written as {', '.join('.' + k for k in sorted(known))}.")
+    return kind
 
 # %% ../nbs/60_cli.ipynb #74045e7b
 def cite():
@@ -67,7 +85,7 @@ def cite():
 
 def train(**settings): run_job(Job(**settings))
 
-# %% ../nbs/60_cli.ipynb #58e892d5
+# %% ../nbs/60_cli.ipynb #63c6c85c
 _verbs = {'synth': synth, 'train': train, 'predict': predict, 'explain': explain, 'bench accuracy': bench_accuracy, 'bench transfer': bench_transfer, 'cite': cite}
 
 def _usage():
@@ -85,6 +103,7 @@ def main(
         return 0 if argv[:1] in (['-h'], ['--help']) else 2
     f = _verbs[verb]
     options = vars(anno_parser(Job if f is train else f, prog=f'astroformer {verb}').parse_args(argv[len(verb.split()):]))
+    if options['pdb']: f = trace(f)
     try: f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
     except (GalaxyDataError, ImportError) as e:
         print(f'astroformer {verb}: {e}', file=sys.stderr)

@@ -10,24 +10,24 @@ import numpy as np, pandas as pd
 from astropy.stats import binom_conf_interval
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
-# %% ../nbs/30_metrics.ipynb #11479aeb
+# %% ../nbs/30_metrics.ipynb #f9595724
 def class_table(
     y, # True class numbers, `N`
     p, # Probabilities, `N x classes`
     classes, # Class names
 )->pd.DataFrame: # A row a class
-    "Completeness and purity of each class with Wilson 68 % intervals; NaN where a class has no galaxy to count"
+    "Completeness and purity of each class with Wilson 95 % intervals; NaN where a class has no galaxy to count"
     y, pred = np.asarray(y), np.asarray(p).argmax(1)
     m = confusion_matrix(y, pred, labels=range(len(classes)))
     hit, n, found = m.diagonal(), m.sum(1), m.sum(0)
     cols = dict(n=n)
     for name, total in (('completeness', n), ('purity', found)):
         value, (low, high) = _ratio(hit, total)
-        cols |= {name: value, f'{name}_low': low, f'{name}_high': high}
+        cols |= {name: value, f'{name}_95_low': low, f'{name}_95_high': high}
     return pd.DataFrame(cols, index=pd.Index(classes, name='class'))
 
 def _ratio(hits, total):
-    low, high = binom_conf_interval(hits, np.maximum(total, 1), interval='wilson')
+    low, high = binom_conf_interval(hits, np.maximum(total, 1), .95, 'wilson')
     nan = np.where(total > 0, 0., np.nan)
     return hits/np.maximum(total, 1) + nan, (low + nan, high + nan)
 
@@ -40,16 +40,17 @@ def balanced_accuracy(
     pred, y = np.asarray(pred), np.asarray(y)
     return float(np.mean([(pred[y == c] == c).mean() for c in np.unique(y)]))
 
-# %% ../nbs/30_metrics.ipynb #e09354c2
+# %% ../nbs/30_metrics.ipynb #75856c2f
 def summary_metrics(
     y, # True class numbers, `N`
     p, # Probabilities, `N x classes`
 )->dict:
-    "Accuracy with its 95 % Wilson interval, balanced accuracy, macro F1 and mean negative log-likelihood"
+    "Accuracy with its 95 % Wilson interval, balanced accuracy, macro F1 and mean negative log-likelihood; and, as `commonest_…`, the scores of always answering the commonest class of `y`"
     y, p = np.asarray(y), np.asarray(p, float)
-    pred = p.argmax(1)
+    pred, most = p.argmax(1), np.full(len(y), np.bincount(y).argmax())
     acc = accuracy_score(y, pred)
     low, high = binom_conf_interval((pred == y).sum(), len(y), .95, 'wilson')
     p = np.clip(p, 1e-12, None)
     return dict(n=len(y), accuracy=acc, accuracy_95=(float(low), float(high)), balanced_accuracy=balanced_accuracy(pred, y),
-                macro_f1=f1_score(y, pred, average='macro', zero_division=0), nll=log_loss(y, p/p.sum(1, keepdims=True), labels=range(p.shape[1])))
+                macro_f1=f1_score(y, pred, average='macro', zero_division=0), nll=log_loss(y, p/p.sum(1, keepdims=True), labels=range(p.shape[1])),
+                commonest_accuracy=accuracy_score(y, most), commonest_balanced_accuracy=balanced_accuracy(most, y))

@@ -7,11 +7,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np, pandas as pd, pytest
 from astropy.io import fits
-from PIL import Image
+from PIL import Image, ImageFile
 
 from astroformer_astro.core import GalaxyDataError
 from astroformer_astro.data import cutouts
 from astroformer_astro.data.cutouts import fetch_cutouts
+from astroformer_astro.data.images import read_catalog
 
 size = 16
 
@@ -95,7 +96,9 @@ class Handler(BaseHTTPRequestHandler):
     def drip(self, q):
         self.send_response(200); self.end_headers()
         self.close_connection = True
-        while not self.server.released.wait(.002): self.wfile.write(b'S'); self.wfile.flush()
+        for _ in range(2000):
+            self.wfile.write(b'S'); self.wfile.flush()
+            if self.server.released.wait(.002): break
 
 
 class Server(ThreadingHTTPServer):
@@ -321,11 +324,16 @@ def test_progress(fetch, monkeypatch):
 
 
 def test_manifest_is_a_catalogue(fetch, tmp_path):
-    from astroformer_astro.data.block import GalaxyDataLoaders
-    m = fetch(catalog(20, label=['spiral', 'merger']*10), format='jpg', size=32)
-    dls = GalaxyDataLoaders.from_catalog(m, images=tmp_path/'out', x='file', size=32, bs=4, progress=False)
-    assert dls.classes == ('merger', 'spiral') and dls.catalog.pxscale.eq(.262).all()
-    assert GalaxyDataLoaders.from_catalog(tmp_path/'out'/'manifest.csv', size=32, bs=4, progress=False).catalog.sha256.equals(m.sha256)
+    m = fetch(catalog(6, label=['spiral', 'merger']*3), format='jpg', size=32)
+    for table, folder in (m, tmp_path/'out'), (tmp_path/'out'/'manifest.csv', None):      # as from_catalog passes them on
+        galaxies = read_catalog(table, folder, size=32, progress=False)
+        assert galaxies.classes == ('merger', 'spiral') and galaxies.catalog.pxscale.eq(.262).all() and galaxies.catalog.ra.equals(m.ra)
+
+
+def test_half_a_picture_is_seen_where_pillow_was_told_to_take_it(fetch, server, monkeypatch):
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
+    server.plan = {12.: ['cut', 'good']}
+    assert list(fetch(format='jpg').status) == ['ok']*6 and len(server.times(12)) == 2
 
 
 def doomed(folder, url, victim, count):

@@ -86,7 +86,7 @@ def band_statistics(
     mean = total/n
     return mean, np.sqrt(np.maximum(squares/n - mean**2, 1e-12))
 
-# %% ../../nbs/12_data.tensor.ipynb #6ebb718d
+# %% ../../nbs/12_data.tensor.ipynb #8b13c2a2
 class StretchFlux(DisplayedTransform):
     "From flux to the scale of 0 to 1 that a network reads; decoded to the three colours that a person sees"
     order = 90
@@ -96,8 +96,11 @@ class StretchFlux(DisplayedTransform):
     ): self.stretch, self.bands = stretch, bands
     def encodes(self, x:TensorGalaxy): return self.stretch(x)
     def decodes(self, x:TensorGalaxy):
-        pictures = [bands_to_rgb(g, self.bands) for g in x.as_subclass(torch.Tensor).clamp(0, 1).cpu().numpy()]
-        return TensorGalaxy(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)/255)
+        return TensorGalaxy(torch.from_numpy(np.stack([self.picture(g) for g in x])).permute(0, 3, 1, 2)/255)
+
+    def picture(self, stretched): # `bands x H x W` on a scale of 0 to 1 -> `H x W x 3`, uint8
+        "The colours of one galaxy that has been stretched already"
+        return bands_to_rgb(stretched.as_subclass(torch.Tensor), self.bands)
 
 # %% ../../nbs/12_data.tensor.ipynb #273638e4
 class Standardize(DisplayedTransform):

@@ -148,10 +148,16 @@ def truth_of(
     known = catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog)
     return catalog.label.iloc[item] if known else None
 
-# %% ../../nbs/41_interpret.attribution.ipynb #835c88c8
+# %% ../../nbs/41_interpret.attribution.ipynb #0178b8b2
+def _colours(learn, picture): # `H x W x 3`, 0 to 1
+    "What a person is shown: flux in the colours of its stretch, a picture as it is"
+    for t in learn.dls.valid.after_batch.fs:
+        if hasattr(t, 'stretch'): return t.picture(picture)/np.float32(255)
+    return picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
 def _predict(learn, item, picture):
     with frozen(learn.model), torch.no_grad(): p = picture_logits(learn, picture[None])[0].softmax(0).tolist()
-    return Prediction(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
+    return Prediction(_colours(learn, picture), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
 
 # %% ../../nbs/41_interpret.attribution.ipynb #f2e4942d
 def _choose(options, name, what):

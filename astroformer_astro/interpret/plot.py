@@ -120,7 +120,7 @@ def _outline(ax, maps, grid, query):
     (h, w), (y, x) = token_side(maps.size, grid), query
     ax.add_patch(Rectangle((x//w*w - .5, y//h*h - .5), w, h, fill=False, ec='#ff4d4d', lw=1.5, clip_on=False))
 
-# %% ../../nbs/44_interpret.plot.ipynb #80833559
+# %% ../../nbs/44_interpret.plot.ipynb #385cbc3a
 def draw_attention(
     ax, # Axes to draw on
     maps:AttentionMaps, # For the size of the image
@@ -128,7 +128,7 @@ def draw_attention(
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
     title:str='', # Above the map
     query=None, # `(y, x)` of an image pixel whose token is outlined
-    vmax=None, # End of the colour scale, in multiples of an equal share
+    vmax=None, # End of the colour scale, in multiples of the mean
 ):
     "A map of attention under the isophotes of the galaxy; returns what `attention_bar` needs"
     drawn = ax.imshow(maps.upsampled(values*values.size), cmap='viridis', vmin=0, vmax=vmax, interpolation='nearest')
@@ -144,16 +144,19 @@ def attention_bar(
 ):
     "The colour bar of maps of attention"
     bar = drawn.axes.figure.colorbar(drawn, ax=axs, shrink=.9, aspect=15, pad=.02)
-    bar.set_label('x equal share', fontsize=7); bar.ax.tick_params(labelsize=6, length=2)
+    bar.set_label('times the mean', fontsize=7); bar.ax.tick_params(labelsize=6, length=2)
 
-# %% ../../nbs/44_interpret.plot.ipynb #9cde26cc
+# %% ../../nbs/44_interpret.plot.ipynb #9a543d1b
 def _verdict(p):
-    check = '' if p.truth is None else 'as in the catalogue' if p.truth == p.predicted else f'but is {_label(p.truth)}'
+    check = '' if p.truth is None else 'as labelled' if p.truth == p.predicted else f'labelled {_label(p.truth)}'
     return f'{_label(p.predicted)}\n{check}'
+
+_compared_with = dict(sky='an empty sky', black='no light', blur='a blurred copy')
 
 def _how(a):
     if a.delta is None: return a.method.replace('_', ' ')
-    return f'against {a.baseline}, error {a.delta:.1%}'
+    missed = f', {a.delta:.0%} missed' if a.delta >= .01 else ''
+    return f'against {_compared_with.get(a.baseline, a.baseline)}{missed}'
 
 # %% ../../nbs/44_interpret.plot.ipynb #d7c017c2
 def plot_attribution(
@@ -196,7 +199,7 @@ def plot_attention(
     attention_bar(drawn, axs)
     return fig
 
-# %% ../../nbs/44_interpret.plot.ipynb #714612ba
+# %% ../../nbs/44_interpret.plot.ipynb #2ee96f58
 def plot_explanation(
     attribution:Attribution, # Prediction and attribution
     maps:AttentionMaps=None, # Attention, where the network has it
@@ -215,5 +218,6 @@ def plot_explanation(
     draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
     if maps:
         values = maps.query(*query, block, head) if query else maps.average(block, head)
-        attention_bar(draw_attention(axs[4], maps, values, a.image, f"attention of {'the query' if query else 'all queries'}\n", query), axs[4])
+        attention_bar(draw_attention(axs[4], maps, values, a.image, f"attention paid {'by' if query else 'to'}\n{'the outlined patch' if query else 'each patch'}", query), axs[4])
+    fig.set_label(f"A galaxy called {a.predicted}{'' if a.truth is None else f', {a.truth} in the catalogue'}: its probabilities, and what the network went by")
     return fig

@@ -1,0 +1,227 @@
+"""FITS files as surveys send them and as they should not be: real ones, damaged ones, large ones."""
+import json, pickle, signal, sys, tracemalloc, warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from hypothesis import given, settings, strategies as st
+
+from astroformer_astro.core import GalaxyDataError
+from astroformer_astro.data.fits import FitsImage, FitsReader, fits_cutout, read_fits, read_fits_catalog
+from astroformer_astro.synth import synth_galaxy
+
+real = Path(__file__).parents[2]/'shared'/'data'/'fits'
+needs_real = pytest.mark.skipif(not real.is_dir(), reason=f'{real} is absent: no real FITS files to read')
+
+
+def header(size=64, px=.4, ra=150., dec=2., **keys):
+    h = fits.Header()
+    h.update(CTYPE1='RA---TAN', CTYPE2='DEC--TAN', CRVAL1=ra, CRVAL2=dec, CRPIX1=(size + 1)/2, CRPIX2=(size + 1)/2, CD1_1=-px/3600, CD1_2=0., CD2_1=0., CD2_2=px/3600)
+    h.update(keys)
+    return h
+
+
+@pytest.fixture(scope='module')
+def sky(): return np.random.default_rng(0).normal(0, 1, (5, 64, 64)).astype('f4')
+
+
+@pytest.fixture
+def quiet():
+    "Any warning is an error"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        yield
+
+
+scales = {'gzbcnn': .262, 'temp_small': .262, 'NGC2893': .262, 'Plate': .396, 'cutout-HSC': .168, 'Cut_HSC': .168, 'Cut_HST': .03, 'abell': .06, 'gband': .263, 'rband': .263}
+bands = {'decals': 'grz', 'NGC2893': 'g', 'Plate': 'r', 'cutout-HSC': 'i', 'Cut_HSC': '12345', 'gband': 'g', 'rband': 'r', '_g.': 'g', '_r.': 'r', '_i.': 'i'}
+
+
+@needs_real
+@pytest.mark.parametrize('path', sorted(p for p in real.rglob('*.f*') if p.is_file()), ids=lambda p: p.name)
+def test_real_files_load_or_say_why_not(path, quiet, capfd):
+    if 'truncated' in path.name or '_rms' in path.name:
+        with pytest.raises(GalaxyDataError, match='is cut short' if 'truncated' in path.name else "is 'rms'") as e: read_fits(path)
+        assert path.name in str(e.value) and '\n' not in str(e.value)
+        return
+    image = read_fits(path)
+    assert np.isfinite(image.data).all() and image.data.dtype == np.dtype('f4') and image.data.dtype.isnative
+    for part, px in scales.items():
+        if part in path.name: assert image.pxscale == pytest.approx(px, rel=.005)
+    for part, names in bands.items():
+        if part in str(path): assert ''.join(image.bands) == names
+    assert image.masked == pytest.approx(.4949 if 'bad_pix' in path.name else .1211 if '132_g' in path.name else .1016 if 'Plate0270' in path.name else image.masked, abs=1e-3)
+    assert capfd.readouterr() == ('', '')
+
+
+@needs_real
+def test_real_units():
+    unit = lambda name: read_fits(next(real.rglob(name))).unit
+    assert [unit(n) for n in ('NGC2893*', 'Plate0270*', '10-cutout*', 'abell*f105w.fits.gz')] == ['nanomaggies']*4
+    assert [unit(n) for n in ('132_gband*', 'PGC0000212_g*', 'temp_small*')] == ['unknown']*3
+
+
+@needs_real
+@pytest.mark.parametrize('name', ['132', '150'])
+def test_real_bands_on_different_grids_meet(name):
+    "The two grids are 0.9 pixels apart; both galaxies are where the header says, and in both bands at the same place once aligned"
+    files = {b: next(real.rglob(f'{name}_{b}band.fits')) for b in 'gr'}
+    head = fits.getheader(files['r'])
+    assert any('brought to the grid' in n for n in read_fits(files).notes)
+    x, y = read_fits(files).wcs.world_to_pixel_values(head['RA'], head['DEC'])
+    assert abs(x - head['RA_PIX']) < 1.01 and abs(y - head['DEC_PIX']) < 1.01
+    image = fits_cutout(read_fits(files), 48, head['RA'], head['DEC'])
+    g, r = (b - np.median(b) for b in image.data)
+    shifts = {(dy, dx): np.corrcoef(np.roll(g, (dy, dx), (0, 1))[2:-2, 2:-2].ravel(), r[2:-2, 2:-2].ravel())[0, 1] for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    assert max(shifts, key=shifts.get) == (0, 0)
+
+
+@needs_real
+def test_a_real_survey_of_three_files_each():
+    names = sorted({p.name[:10] for p in real.rglob('PGC*')})
+    s = read_fits_catalog(pd.DataFrame(dict(name=names, label=list('ababa'))), real/'efigi_sdss_gri', '{name}_{band}.fits', bands='gri', size=64, progress=False)
+    assert s.images.shape == (5, 64, 64, 3) and s.bands == ('g', 'r', 'i') and s.picture(0).shape == (64, 64, 3)
+    assert s.catalog.ra.iloc[0] == pytest.approx(.79708, abs=1e-3) and s.catalog.dec.iloc[0] == pytest.approx(15.965, abs=1e-3)
+
+
+@pytest.mark.parametrize('names', ['r', 'grz', 'grizy'])
+def test_any_number_of_bands(tmp_path, sky, names, quiet):
+    for i in range(4): fits.writeto(tmp_path/f'{i}.fits', sky[:len(names)] + i, header(BANDS=names) if len(names) > 1 else header(FILTER=names))
+    table = pd.DataFrame(dict(file=[f'{i}.fits' for i in range(4)], label=list('abab')))
+    s = read_fits_catalog(table, tmp_path, size=64, progress=False)
+    assert s.images.shape == (4, 64, 64, len(names)) and s.images.dtype == np.float32 and s.bands == tuple(names)
+    assert np.array_equal(s.images[3][::-1], np.moveaxis(sky[:len(names)] + 3, 0, -1))
+    assert s.stretch(np.moveaxis(s.images[0], -1, 0)).shape == (len(names), 64, 64)
+
+
+def test_reader_travels_as_json_and_pickle(tmp_path, sky):
+    fits.writeto(tmp_path/'a.fits', sky, header(BANDS='grizy', BUNIT='nanomaggy'))
+    s = read_fits_catalog(pd.DataFrame(dict(file=['a.fits']*2, label=['a', 'b'])), tmp_path, size=32, pxscale=.7, invalid='channel', progress=False)
+    for reader in (pickle.loads(pickle.dumps(s.reader)), FitsReader.from_dict(json.loads(json.dumps(s.reader.to_dict())))):
+        assert replace(reader, folder=s.reader.folder) == s.reader and np.array_equal(reader(tmp_path/'a.fits'), s.images[0])
+    assert 'folder' not in s.reader.to_dict() and np.array_equal(s.reader(s.catalog.iloc[1]), s.images[1])
+
+
+def test_new_files_must_be_in_the_unit_of_training(tmp_path, sky):
+    fits.writeto(tmp_path/'a.fits', sky[0], header(FILTER='g', BUNIT='nanomaggy'))
+    fits.writeto(tmp_path/'b.fits', sky[0], header(FILTER='g', BUNIT='nJy'))
+    fits.writeto(tmp_path/'c.fits', sky[0], header(FILTER='g', BUNIT='adu'))
+    reader = FitsReader(64, 'g', unit='nanomaggies')
+    assert np.allclose(reader(tmp_path/'a.fits'), reader(tmp_path/'b.fits')*3631, rtol=1e-5)
+    with pytest.raises(GalaxyDataError, match="c.fits is in 'counts' where 'nanomaggies' is wanted"): reader(tmp_path/'c.fits')
+
+
+@pytest.mark.parametrize('kind', ['plain', 'scaled', 'packed'])
+def test_a_cut_out_of_a_large_frame_does_not_read_the_frame(tmp_path, kind):
+    frame = np.random.default_rng(1).normal(0, 1, (2500, 2500)).astype('f4')
+    hdu = fits.CompImageHDU(frame, header(2500, FILTER='r')) if kind == 'packed' else fits.ImageHDU(frame.copy(), header(2500, FILTER='r'))
+    if kind == 'scaled': hdu.scale('int16', bscale=1e-3, bzero=0)
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(tmp_path/'frame.fits')
+    reader = FitsReader(64)
+    reader(tmp_path/'frame.fits', 150., 2.)
+    tracemalloc.start()
+    x = reader(tmp_path/'frame.fits', 150., 2. + 100*.4/3600)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6 < frame.nbytes and np.allclose(x[::-1, :, 0], frame[1318:1382, 1218:1282], atol=.1 if kind == 'packed' else 1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(8, 80), st.floats(.1, 2), st.floats(-10, 10), st.floats(-10, 10))
+def test_flux_is_kept_and_the_position_in_the_middle(size, step, dx, dy):
+    "A star anywhere, cut out at any scale: all of its flux, in the middle"
+    if size*step < 14: return
+    y, x = np.mgrid[:64, :64]
+    star = np.exp(-((x - 31.5 - dx)**2 + (y - 31.5 - dy)**2)/2/1.3**2).astype('f4')[None]
+    image = FitsImage(star, np.zeros(star.shape, bool), ('g',), WCS(header()), .4, 'nanomaggies')
+    where = image.wcs.pixel_to_world_values(31.5 + dx, 31.5 + dy)
+    cut = fits_cutout(image, size, *map(float, where), pxscale=.4*step)
+    flux = np.where(cut.mask, 0, cut.data)[0]
+    if size*step + 2*max(abs(dx), abs(dy)) < 62: assert not cut.mask.any()
+    assert flux.sum() == pytest.approx(star.sum(), rel=1e-3)
+    middle = [(flux*g).sum()/flux.sum() - (size - 1)/2 for g in np.mgrid[:size, :size]]
+    assert np.abs(middle).max() < (.51 if abs(size*step - size) < .1 else .05)
+    x, y = cut.wcs.world_to_pixel_values(*where)
+    assert np.hypot(x - middle[1] - (size - 1)/2, y - middle[0] - (size - 1)/2) < .05
+
+
+def test_reproject_is_asked_for_only_where_it_is_needed(tmp_path, sky, monkeypatch):
+    for b, shift in (('g', 0), ('r', .05), ('z', 3)): fits.writeto(tmp_path/f'{b}.fits', sky[0], header(FILTER=b, CRPIX1=32.5 + shift))
+    monkeypatch.setitem(sys.modules, 'reproject', None)
+    assert read_fits([tmp_path/'g.fits', tmp_path/'r.fits']).bands == ('g', 'r')
+    with pytest.raises(ImportError, match=r"astroformer_astro\[fits\]"): read_fits([tmp_path/'g.fits', tmp_path/'z.fits'])
+
+
+def test_swapped_columns_are_noticed(tmp_path, sky):
+    for b, plane in zip('gr', sky): fits.writeto(tmp_path/f'gal_{b}.fits', plane, header())
+    assert read_fits({b: tmp_path/f'gal_{b}.fits' for b in 'gr'}).bands == ('g', 'r')
+    with pytest.raises(GalaxyDataError, match='was given for band g, but holds r'): read_fits({'g': tmp_path/'gal_r.fits', 'r': tmp_path/'gal_g.fits'})
+
+
+def test_hcompress_needs_its_check_sum(tmp_path, sky):
+    "Damaged tiles of that kind crash Python inside of astropy"
+    hdus = fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU((100*sky[0]).astype('i4'), header(FILTER='g'), compression_type='HCOMPRESS_1')])
+    hdus.writeto(tmp_path/'with.fits', checksum=True)
+    hdus.writeto(tmp_path/'without.fits')
+    assert read_fits(tmp_path/'with.fits').data.std() > 90
+    with pytest.raises(GalaxyDataError, match='without.fits is compressed by HCOMPRESS_1 and has no valid check sums'): read_fits(tmp_path/'without.fits', checksum=False)
+
+
+def written(hdus, path, **kwargs):
+    hdus.writeto(path, overwrite=True, **kwargs)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory, sky):
+    folder, p = tmp_path_factory.mktemp('good'), fits.PrimaryHDU()
+    masked = fits.HDUList([p, fits.ImageHDU(sky[0], header(FILTER='g'), name='IMAGE'), fits.ImageHDU((sky[1] > 3).astype('i4'), name='MASK'), fits.ImageHDU(sky[2]**2, name='VARIANCE')])
+    kinds = dict(cube=fits.HDUList([fits.PrimaryHDU(sky[:3], header(BANDS='grz', BUNIT='nanomaggy'))]), parts=masked,
+                 rice=fits.HDUList([p, fits.CompImageHDU(sky[0], header(FILTER='g'))]), tpv=fits.HDUList([fits.PrimaryHDU(sky[0], header(FILTER='g', CTYPE1='RA---TPV', CTYPE2='DEC--TPV', PV1_1=1.01))]))
+    files = {k: written(h, folder/f'{k}.fits') for k, h in kinds.items()}
+    return files | dict(summed=written(kinds['cube'], folder/'summed.fits', checksum=True), packed=written(kinds['cube'], folder/'packed.fits.gz'))
+
+
+def damaged(raw, rng):
+    "A file cut short, with bits flipped, a header byte or a value replaced, keywords or values of two cards swapped, a card lost, or rubbish in it"
+    raw, cards = bytearray(raw), [i for i in range(0, len(raw) - 80, 80) if raw[i+8:i+10] == b'= '] or [0]
+    a, b = rng.choice(cards, 2)
+    i, kind = rng.integers(len(raw)), rng.integers(8)
+    if kind == 0: return bytes(raw[:i])
+    if kind == 1: raw[i] ^= 1 << rng.integers(8)
+    if kind == 2: raw[a + rng.integers(80)] = rng.integers(32, 127)
+    if kind == 3: raw[a:a+8], raw[b:b+8] = raw[b:b+8], raw[a:a+8]
+    if kind == 4: raw[a+10:a+80], raw[b+10:b+80] = raw[b+10:b+80], raw[a+10:a+80]
+    if kind == 5: raw[a+10:a+80] = str(rng.choice(['-1', '0', '99999999999', '1e308', 'nan', "'a'", 'T', '-64', '16', '2147483648'])).rjust(20).ljust(70).encode()
+    if kind == 6: del raw[a:a+80]
+    if kind == 7: raw[i:i+2000] = rng.bytes(min(2000, len(raw) - i))
+    return bytes(raw)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_damaged_files_are_read_right_or_refused_in_a_sentence(tmp_path, good, seed, quiet, capfd):
+    rng = np.random.default_rng(seed)
+    names = list(good)
+    before = signal.signal(signal.SIGALRM, lambda *a: pytest.fail('hangs'))
+    for i in range(60):
+        name = names[i % len(names)]
+        path = tmp_path/f'{i}_{name}.fits'
+        path.write_bytes(damaged(good[name], rng))
+        signal.alarm(20)
+        try: x = FitsReader(32)(path) if i % 2 else FitsReader(16, pxscale=.8)(path, 150., 2.)
+        except GalaxyDataError as e: assert path.name in str(e) and '\n' not in str(e)
+        else: assert np.isfinite(x).all() and x.shape[:2] == ((32, 32) if i % 2 else (16, 16))
+        signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert capfd.readouterr() == ('', '')
+
+
+def test_a_flipped_bit_under_a_check_sum_is_never_read(tmp_path, good):
+    rng, raw = np.random.default_rng(0), good['summed']
+    for i in 2880 + rng.integers(3*64*64*4, size=40):
+        path = tmp_path/f'{i}.fits'
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 16]) + raw[i+1:])
+        with pytest.raises(GalaxyDataError, match='disagrees with its own check sum'): read_fits(path)
+        assert np.isfinite(read_fits(path, checksum=False).data).all()
