@@ -8,7 +8,7 @@ OUT = out/demo
 option = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
 options = $(call option,DATA,data) $(call option,CATALOG,catalog) $(call option,IMAGES,images) $(call option,FILE,x) \
           $(call option,LABEL,y) $(call option,CLASSES,classes) $(call option,BAD,bad) \
-          $(call option,ARCH,arch) $(call option,SIZE,size) $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) \
+          $(call option,ARCH,arch) $(call option,SIZE,size) $(call option,BANDS,bands) $(call option,PXSCALE,pxscale) $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) \
           $(call option,SEED,seed)
 
 .PHONY: demo test lab slow docs

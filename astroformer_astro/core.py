@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['galaxy10_classes', 'galaxy10_counts', 'short_name', 'GalaxyDataError', 'seed_everything', 'require', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #3f9473ee
+# %% ../nbs/00_core.ipynb #45f72991
 import errno, importlib, os, platform, random
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
 import numpy as np
-import torch
 
 # %% ../nbs/00_core.ipynb #a9fc1052
 galaxy10_classes = ('Disturbed Galaxies', 'Merging Galaxies', 'Round Smooth Galaxies', 'In-between Round Smooth Galaxies',
@@ -32,11 +31,12 @@ def short_name(
 class GalaxyDataError(ValueError):
     "The user's input cannot be used; the message says what was found, what was expected and what to do"
 
-# %% ../nbs/00_core.ipynb #12ab4984
+# %% ../nbs/00_core.ipynb #49a101dc
 def seed_everything(
     seed:int, # Any integer
 ):
     "Seed Python, NumPy and PyTorch, so that a run on the same machine with the same threads can be repeated"
+    import torch      # here, so that reading and packing files does without its 600 MB of memory
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_epochs', 'seconds_per_epoch', 'telling_cases', 'Job', 'train_network', 'explain_cases', 'run_job']
 
-# %% ../nbs/56_job.ipynb #ecf3a166
+# %% ../nbs/56_job.ipynb #45cf1dc1
 import copy, itertools, json, platform, resource, shlex, sys, time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from .core import GalaxyDataError, atomic_path, require, seed_everything
 from .data.block import GalaxyDataLoaders
+from .data.fits import holds_fits, read_fits_catalog
 from .data.hdf5 import read_hdf5
 from .data.images import read_catalog
 from .interpret.attribution import Explainer
@@ -104,20 +105,22 @@ def telling_cases(
     right = p.argmax(1) == y
     return first(np.flatnonzero(right)), first(np.flatnonzero(~right))
 
-# %% ../nbs/56_job.ipynb #c3dce411
+# %% ../nbs/56_job.ipynb #f8c26b73
 @dataclass
 class Job:
     "One run of the main job; a survey is simulated where neither `data` nor `catalog` is given"
     out:str='out/demo' # Folder for everything that is made
     data:str=None # HDF5 file in the Galaxy10 layout
-    catalog:str=None # CSV or Parquet table of image files
+    catalog:str=None # CSV or Parquet table of picture files or of FITS files
     images:str=None # Folder that its file names start from; by default that of the table
-    x:str='file' # Its column with the file names
+    x:str='file' # Its column with the file names; of FITS files also a pattern such as {name}_{band}.fits
     y:str='label' # Its column with the classes
     classes:str=None # Class names by commas, in the order of their numbers; by default as found
     bad:str='raise' # Rows of the table that cannot be used: `raise`, or `skip` and list them in skipped.csv
     arch:str=None # Network, a name in `model_cfgs`; by default that of `pretrained`, or `astroformer_nano`
     size:int=64 # Side of the cut-outs, px
+    bands:str=None # Bands of FITS files, in order, as grz or F606W,F814W; by default those of the files, blue to red
+    pxscale:float=None # Pixel scale of cut-outs from FITS files, arcsec/px; by default all of an image is reduced to `size`
     epochs:int=0 # Epochs; 0 for as many as show 50,000 galaxies
     pretrained:str=None # Weights of another survey to fine-tune
     seed:int=0 # Of weights, order and augmentation
@@ -172,11 +175,17 @@ def _origin(job, old, classes):
     last = 'the same classes, so that the last layer was taken over too' if list(theirs) == list(classes) else f"other classes ({', '.join(theirs)}), so that the last layer is new"
     return f"Fine-tuned from {job.pretrained}: weights of {job.arch}, trained on {source or 'a survey that their card does not name'} with cut-outs of {old.cfg.img_size[0]} px and {last}."
 
-# %% ../nbs/56_job.ipynb #dead0405
+# %% ../nbs/56_job.ipynb #b617ae00
 def _read(job):
     if job.data: return read_hdf5(job.data, job.size, job.classes, progress=False)
-    if job.catalog: return read_catalog(job.catalog, job.images, job.x, job.y, job.size, job.bad, progress=False, classes=job.classes)
+    if job.catalog: return _read_table(job)
     return _simulate(job, 'a', job.n, job.seed)
+
+def _read_table(job):
+    table = dict(table=job.catalog, images=job.images, x=job.x, y=job.y, bad=job.bad, classes=job.classes, size=job.size, progress=False)
+    if holds_fits(job.catalog, job.x): return read_fits_catalog(**table, bands=job.bands or (), pxscale=job.pxscale)
+    if job.bands or job.pxscale: raise GalaxyDataError(f'bands or a pixel scale were given, but {job.catalog} names no FITS files in {job.x!r}; pictures are taken as they are.')
+    return read_catalog(**table)
 
 def _simulate(job, survey, n, seed):
     path = synth_galaxy10(Path(job.out)/f'survey_{survey}_seed{seed}.h5', n=n, size=job.size, seed=seed, survey=survey)

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['predict_catalog']
 
-# %% ../nbs/33_predict.ipynb #266040a3
+# %% ../nbs/33_predict.ipynb #aeaa5f84
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from .core import GalaxyDataError, atomic_path
-from .data.images import check_columns, read_images, read_table
+from .data.fits import FitsReader, fits_columns
+from .data.images import PictureReader, bar, check_columns, read_images, read_table
 
 # %% ../nbs/33_predict.ipynb #bdbdb9cf
 _writers = {'.parquet': pd.DataFrame.to_parquet, '.csv': pd.DataFrame.to_csv}
@@ -32,23 +34,38 @@ def write_table(
     with atomic_path(path) as tmp: _writers[Path(path).suffix](df, tmp, index=False)
     return Path(path)
 
-# %% ../nbs/33_predict.ipynb #3a607a3b
+# %% ../nbs/33_predict.ipynb #54cfae79
+def _opener(learn, images, x):
+    "What opens the files that a row names, with its folder and columns; as in training, but for what is said here"
+    own = learn.dls.galaxies.reader
+    if learn.dls.galaxies.stretch is None: return PictureReader(learn.dls.size, images, x or getattr(own, 'x', 'file'))
+    if not isinstance(own, FitsReader): raise GalaxyDataError('this network was trained on flux that came from no FITS files, so that it is not known how to open any; predict arrays with `learn.get_preds`.')
+    return replace(own, folder=str(images), x=x or own.x)
+
+def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
+    if isinstance(reader, PictureReader): return read_images([reader.folder/str(f) for f in df[reader.x]], reader.size, progress)
+    pixels, problems = [None]*len(df), {}
+    for i in bar(range(len(df)), progress):
+        try: pixels[i] = reader(df.iloc[i])
+        except GalaxyDataError as e: problems[i] = str(e)
+    return pixels, problems
+
+# %% ../nbs/33_predict.ipynb #6840fcc0
 def predict_catalog(
     learn, # A trained `Learner`, e.g. from `load_astroformer_learner`
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     out=None, # Where to write the result, `.parquet` or `.csv`; nowhere by default
     images=None, # Folder that the file names start from; by default that of the table
-    x:str='file', # Column with the file names
+    x=None, # Column with the file names, or what `fits_paths` takes; as in training, or `file`, by default
     rows:int=2000, # Galaxies in memory at a time
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # The catalogue with `predicted`, `confidence`, `p_CLASS` and `problem` added
     "Classify every row; one whose image cannot be used stays in, with the reason in `problem` and no prediction"
     if out is not None: check_output(out)
-    df = read_table(table)
-    check_columns(df, x, source='the table' if isinstance(table, pd.DataFrame) else str(table))
-    if images is None: images = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
-    paths = [Path(images)/str(f) for f in df[x]]
-    parts = [_predict_files(learn, paths[i:i+rows], progress) for i in range(0, max(len(paths), 1), rows)]
+    df, given = read_table(table), isinstance(table, pd.DataFrame)
+    reader = _opener(learn, images if images is not None else '.' if given else Path(table).parent, x)
+    check_columns(df, *fits_columns(reader.x), source='the table' if given else str(table))
+    parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
     added = pd.concat(parts, ignore_index=True)
     df = pd.concat([df.drop(columns=[c for c in added if c in df]), added], axis=1)
     if out is not None: write_table(_short_digits(df, added) if Path(out).suffix == '.csv' else df, out)
@@ -56,14 +73,14 @@ def predict_catalog(
 
 def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
 
-# %% ../nbs/33_predict.ipynb #b01c04b9
-def _predict_files(learn, paths, progress):
+# %% ../nbs/33_predict.ipynb #b578d312
+def _predict_rows(learn, reader, df, progress):
     classes = list(learn.dls.vocab)
-    pixels, problems = read_images(paths, learn.dls.size, progress)
-    p = np.full((len(paths), len(classes)), np.nan)
-    good = [i for i in range(len(paths)) if i not in problems]
+    pixels, problems = _open_rows(reader, df, progress)
+    p = np.full((len(df), len(classes)), np.nan)
+    good = [i for i in range(len(df)) if i not in problems]
     if good:
         with learn.no_bar(), learn.no_logging(): p[good] = learn.get_preds(dl=learn.dls.test_dl([pixels[i] for i in good]))[0].numpy()
-    best = [classes[p[i].argmax()] if i not in problems else None for i in range(len(paths))]
+    best = [classes[p[i].argmax()] if i not in problems else None for i in range(len(df))]
     cols = dict(predicted=best, confidence=p.max(1)) | {f'p_{c}': p[:, k] for k, c in enumerate(classes)}
-    return pd.DataFrame(cols | dict(problem=[problems.get(i) for i in range(len(paths))]))
+    return pd.DataFrame(cols | dict(problem=[problems.get(i) for i in range(len(df))]))

@@ -18,7 +18,7 @@ import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
 from .images import GalaxySet, _side, bar, check_columns, class_names, open_catalog, pixel_store, read_image, to_cutout, unusable_rows
 
-# %% ../../nbs/11_data.hdf5.ipynb #3d431091
+# %% ../../nbs/11_data.hdf5.ipynb #f22ef026
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError
 
 @contextmanager
@@ -30,7 +30,10 @@ def _reading(path):
         raise GalaxyDataError(f"{path} cannot be read as HDF5 ({' '.join(str(e).split())[:200]}); it may be incomplete, damaged or of another format.") from None
 
 @contextmanager
-def _opened(path):
+def open_hdf5(
+    path, # A file
+): # An open `h5py.File`, to be used in a `with`
+    "The file at `path`, opened to be read; whatever HDF5 raises meanwhile becomes a `GalaxyDataError`"
     with _reading(path):
         if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of an HDF5 file in the Galaxy10 layout.')
         with h5py.File(path) as f: yield f
@@ -147,7 +150,7 @@ class FileLayout:
     @property
     def hostile(self): return self.touched > 64 or self.unpacked > 4*self.image_bytes # Whether single images are slow to read
 
-# %% ../../nbs/11_data.hdf5.ipynb #3195f7de
+# %% ../../nbs/11_data.hdf5.ipynb #3a9da270
 def _storage(l):
     if l.offset is not None: return 'pixels contiguous and unpacked, to be used as they are'
     if not l.chunks: return 'pixels in other files'
@@ -157,7 +160,7 @@ def _storage(l):
 def _described(l):
     n, h, w, c = l.shape
     counts, gaps = l.catalog.label.value_counts(), l.catalog.isna().sum()
-    rows = np.array([l.classes.index(c) for c in l.catalog.label])
+    rows = pd.Categorical(l.catalog.label, l.classes).codes.astype(int)
     facts = [f"{l.path}: {n} galaxies of {h} x {w} px, {l.dtype}, {' '.join(l.bands) or f'{c} bands'}",
              ', '.join(f'{short_name(c)} {counts.get(c, 0)}' for c in l.classes),
              f"missing: {', '.join(f'{k} {v}' for k, v in gaps.items() if v) or 'nothing'}",
@@ -325,14 +328,14 @@ def file_fingerprint(
             digest.update(f.read(2**16))
     return digest.hexdigest()
 
-# %% ../../nbs/11_data.hdf5.ipynb #dfd3d457
+# %% ../../nbs/11_data.hdf5.ipynb #c5c43431
 def _mark(path, size): return f'{file_fingerprint(path)} {size} px'
 
 def _made_from(path):
     "What a repacked file says it was made from"
     if not path.exists(): return None
     try:
-        with _opened(path) as f: return _text(f.attrs.get('made_from'))
+        with open_hdf5(path) as f: return _text(f.attrs.get('made_from'))
     except GalaxyDataError: return None          # a copy that cannot be read is made again
 
 def _place(path, size, need, mark):
@@ -372,7 +375,7 @@ def _attributes(d):
     return {k: np.array([_bytes(t, k) for t in np.ravel(v)]).reshape(np.shape(v)) if isinstance(v, str) or getattr(v, 'dtype', None) == object else v
             for k, v in d.attrs.items() if k not in ('crc32', 'missing')}
 
-# %% ../../nbs/11_data.hdf5.ipynb #3d643be1
+# %% ../../nbs/11_data.hdf5.ipynb #d18202f7
 def repack(
     path, # A file in the Galaxy10 layout
     size:int=None, # Side of the cut-outs, px; that of the file by default
@@ -381,7 +384,7 @@ def repack(
 )->Path: # The file to read: `path` itself where its pixels can be used as they are
     "Write a copy with contiguous, unpacked pixels, unless it is there already; raises `GalaxyDataError` for a file that cannot be used"
     path = Path(path)
-    with _opened(path) as src:
+    with open_hdf5(path) as src:
         _check_pixels(src)
         images, px = src['images'], min(src['images'].shape[1:3])
         size = size or px
@@ -400,7 +403,7 @@ def repack(
             _sign(tmp, path, size, mark)
     return out
 
-# %% ../../nbs/11_data.hdf5.ipynb #86a1d2c2
+# %% ../../nbs/11_data.hdf5.ipynb #b75b7da1
 def read_hdf5(
     path, # A file in the Galaxy10 layout
     size:int=64, # Side of the cut-outs, px; `None` for that of the file
@@ -410,14 +413,14 @@ def read_hdf5(
     in_memory:int=2**28, # Largest file that is read rather than repacked, bytes of unpacked pixels
 )->GalaxySet:
     "A survey from HDF5; raises `GalaxyDataError` for a file that is missing, damaged, no HDF5, or of another layout"
-    with _opened(path) as f:
+    with open_hdf5(path) as f:
         layout = check_layout(f, classes)
         if progress: print(layout)
         size = size or layout.px
         _check_size(path, f['images'], size)
         ready = layout.offset is not None and layout.shape[1:3] == (size, size)
         if ready or len(f['images'])*layout.image_bytes <= in_memory: return _galaxies(f, layout, size, path, progress, verify)
-    with _opened(repack(path, size, progress=progress)) as f:
+    with open_hdf5(repack(path, size, progress=progress)) as f:
         return _galaxies(f, check_layout(f, layout.classes), size, path, progress, verify)
 
 # %% ../../nbs/11_data.hdf5.ipynb #63f4831e

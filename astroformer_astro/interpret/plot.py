@@ -30,14 +30,14 @@ def to_png(
         fig.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
 
-# %% ../../nbs/44_interpret.plot.ipynb #ea65e6c6
+# %% ../../nbs/44_interpret.plot.ipynb #905b0196
 class Picture(Figure):
     "A matplotlib `Figure` that shows itself as the last line of a cell, whether or not pyplot was ever asked to"
     def _repr_png_(self): return to_png(self)
 
 def _figure(width, height, panels, **kwargs):
     fig = Picture(figsize=(width, height), layout='constrained')
-    fig.get_layout_engine().set(w_pad=.03, h_pad=.03)
+    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, rect=(.12/width, 0, 1 - .12/width, 1))      # a long title over the first panel
     return fig, fig.subplots(1, panels, squeeze=False, **kwargs)[0]
 
 # %% ../../nbs/44_interpret.plot.ipynb #f0d85df4
