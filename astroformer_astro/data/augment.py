@@ -37,7 +37,7 @@ def affine(
     m = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], 1)
     return torch.cat([m, -(m @ shift[:,:,None])], -1)
 
-# %% ../../nbs/14_data.augment.ipynb #44c19a51
+# %% ../../nbs/14_data.augment.ipynb #1cc974d1
 def border_sky(
     x, # `B x C x H x W`
 )->tuple: # Level and noise, each `B x C x 1 x 1`
@@ -49,23 +49,23 @@ def border_sky(
 def resample(
     x, # `B x C x H x W`
     matrix, # `B x 2 x 3`, as from `affine`
-    sky:bool=False, # Beyond the edges: sky like that at the border, or else a mirror
+    sky:tuple=None, # Level and noise beyond the edges, and noise to add within them, each `B x C x 1 x 1`; a mirror by default
 ): # `B x C x H x W`
     "Bilinear resampling through `matrix`"
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
-    y = F.grid_sample(x, grid, padding_mode='border' if sky else 'reflection', align_corners=False)
-    if not sky: return y
-    level, noise = border_sky(x)
-    return torch.where((grid.abs() <= 1).all(-1)[:,None], y, level + noise*torch.randn_like(y))
+    y = F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
+    if sky is None: return y
+    (level, noise, more), inside = sky, (grid.abs() <= 1).all(-1)[:,None]
+    return torch.where(inside, y, level) + torch.where(inside, more, noise)*torch.randn_like(y)
 
-# %% ../../nbs/14_data.augment.ipynb #c3abe5d1
+# %% ../../nbs/14_data.augment.ipynb #8f877525
 def blur(
     x, # `B x C x H x W`
     fwhm, # Full width at half maximum of the Gaussian, px: `B`; 0 leaves a galaxy alone
 ): # `B x C x H x W`
     "Convolve each galaxy with a Gaussian of its own width"
-    down, across = (_blur_matrix(n, fwhm.to(x.device, x.dtype)) for n in x.shape[-2:])
-    return down[:,None] @ x @ across[:,None].mT
+    matrix = {n: _blur_matrix(n, fwhm.to(x.device, x.dtype))[:,None] for n in set(x.shape[-2:])}
+    return matrix[x.shape[-2]] @ x @ matrix[x.shape[-1]].mT
 
 def _blur_matrix(n, fwhm): # `B x n x n`
     "A Gaussian, mirrored at both ends, as the matrix that acts on a line of `n` pixels"
@@ -105,7 +105,7 @@ def add_noise(
     if gain is not None: variance = variance + x.clamp_min(0)/gain
     return x + variance.sqrt()*torch.randn_like(x)
 
-# %% ../../nbs/14_data.augment.ipynb #e392b10a
+# %% ../../nbs/14_data.augment.ipynb #cb76c833
 class GalaxyTransform(DisplayedTransform):
     "A change of training batches, `B x C x H x W`, that acts on a share `p` of the galaxies"
     split_idx, p, pxscale = 0, 1., None
@@ -116,7 +116,7 @@ class GalaxyTransform(DisplayedTransform):
 
     def arcsec(self, x, scale): # arcsec/px, `B`
         if self.pxscale is not None: scale = torch.full((len(x),), self.pxscale, device=x.device)
-        if scale is None or not scale.isfinite().all(): raise GalaxyDataError(f'{self.name} works in arcsec and the pixel scale is not known; give the catalogue a column pxscale, or pxscale= to {self.name}.')
+        if scale is None or not scale.isfinite().all(): raise GalaxyDataError(f'{type(self).__name__} works in arcsec and the pixel scale is not known; give the catalogue a column pxscale, or pxscale= to {type(self).__name__}.')
         return scale
 
 # %% ../../nbs/14_data.augment.ipynb #215c188d
@@ -131,7 +131,7 @@ def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
 def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
     return 2*torch.rand(len(x), *shape, device=x.device) - 1
 
-# %% ../../nbs/14_data.augment.ipynb #19c23ec0
+# %% ../../nbs/14_data.augment.ipynb #2672b567
 class GalaxyAugment(GalaxyTransform):
     "A random orientation for every galaxy; for a share `p` also any angle, a shift, a zoom and a larger redshift, in one resampling"
     order = 20
@@ -159,9 +159,9 @@ class GalaxyAugment(GalaxyTransform):
     def move(self, x, zoom, scale):
         "All that is not a quarter-turn, in one resampling"
         if self.jitter is not None or self.seeing: scale = self.arcsec(x, scale)
-        x, size = self._recede(x, scale) if self.redshift else (x, 1.)
+        x, size, sky = self._recede(x, scale) if self.redshift else (x, 1., None)
         shift = self.shift if self.jitter is None else (2*self.jitter/x.shape[-1]/scale)[:,None]
-        return resample(x, affine(math.radians(self.angle)*_uniform(x), zoom*size, shift*_uniform(x, 2)), sky=bool(self.redshift))
+        return resample(x, affine(math.radians(self.angle)*_uniform(x), zoom*size, shift*_uniform(x, 2)), sky)
 
     def _recede(self, x, scale):
         "Fainter, blurred by what the PSF will lack once the galaxy is smaller (by an average over pixels at the least), and as noisy as before"
@@ -169,7 +169,7 @@ class GalaxyAugment(GalaxyTransform):
         seeing = self.seeing/scale if self.seeing else 0.
         level, noise = border_sky(x)
         fainter = level + (blur(x, torch.sqrt((seeing**2 + 1.2**2)*(1/size**2 - 1))) - level)*light.view(-1, 1, 1, 1)
-        return add_noise(fainter, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt()), size
+        return fainter, size, (level, noise, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt())
 
 # %% ../../nbs/14_data.augment.ipynb #293b0205
 class Seeing(GalaxyTransform):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'split_rows', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #9119e2de
+# %% ../../nbs/15_data.block.ipynb #81971d67
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fasttransform import Transform
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -22,8 +22,9 @@ from .sky import row_splitter, sky_groups, position_columns, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, band_statistics, collate
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import IndexSplitter, IntToFloatTensor
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import IntToFloatTensor
+from fastai.torch_core import TensorCategory
 
 # %% ../../nbs/15_data.block.ipynb #fa92639d
 class CutoutReader:
@@ -69,7 +70,22 @@ def GalaxyBlock(
     "A fastai `TransformBlock` for cut-outs: pixels to `TensorGalaxy`, on a scale of 0 to 1 in the batch"
     return TransformBlock(type_tfms=TensorGalaxy.create, batch_tfms=StretchFlux(stretch, bands) if stretch else IntToFloatTensor)
 
-# %% ../../nbs/15_data.block.ipynb #a1075462
+# %% ../../nbs/15_data.block.ipynb #6218172b
+class _Rows:
+    "Rows of a survey as batches"
+    def __init__(self, galaxies, numbers): self.images, self.pxscale, self.numbers = galaxies.images, galaxies.catalog.get('pxscale'), numbers
+    def batch(self, rows):
+        x = TensorGalaxy(torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(self.images[rows]), -1, 1))))
+        x.pxscale = None if self.pxscale is None else torch.tensor(self.pxscale.to_numpy(np.float32)[rows])
+        return x, TensorCategory(torch.from_numpy(self.numbers[rows]))
+
+class _RowsDL(TfmdDL):
+    def create_batches(self, samps):
+        rows = getattr(self.dataset, 'rows', None)
+        if rows is None: yield from super().create_batches(samps)
+        else: yield from (rows.batch([self.dataset.items[i] for i in some]) for some in self.chunkify(samps))
+
+# %% ../../nbs/15_data.block.ipynb #01fbec5e
 def split_rows(
     catalog:pd.DataFrame, # Columns `label`, and `ra` and `dec` (degrees) where they are known
     groups=None, # Group on the sky of each galaxy
@@ -92,7 +108,7 @@ def _rows(rows, name, n):
     if not len(rows) or rows[0] < 0 or rows[-1] >= n: raise GalaxyDataError(f'{name} must name rows from 0 to {n-1}' + (f'; it holds {rows[0]} to {rows[-1]}.' if len(rows) else '; it is empty.'))
     return rows
 
-# %% ../../nbs/15_data.block.ipynb #e11f57e9
+# %% ../../nbs/15_data.block.ipynb #0a790ea5
 class _GalaxyLoaders(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
     @classmethod
@@ -117,7 +133,9 @@ class _GalaxyLoaders(DataLoaders):
         stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=row_splitter(train, valid),
                            get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y), batch_tfms=_made(augment) + [Standardize(*stats)])
-        dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=device, create_batch=collate)
+        dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=device, create_batch=collate, dl_type=_RowsDL)
+        numbers = np.array([dls.vocab.o2i[l] for l in galaxies.catalog.label])
+        for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, numbers)
         return cls(*dls.loaders, device=dls.device)._know(galaxies, groups, stats)
 
     def _know(self, galaxies, groups, stats):
@@ -132,12 +150,12 @@ class _GalaxyLoaders(DataLoaders):
         print(f"{len(self.train_ds)} to train on, {len(self.valid_ds)} to validate on" + ("" if self.groups is None else f", {len(set(self.groups))} groups on the sky kept whole"))
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
-# %% ../../nbs/15_data.block.ipynb #3bb0f9b6
+# %% ../../nbs/15_data.block.ipynb #e35f6d2f
 def _made(augment):
     "A list of transforms, made now where a class or a function was given"
     return L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
 
-# %% ../../nbs/15_data.block.ipynb #2a8f6412
+# %% ../../nbs/15_data.block.ipynb #311c158a
 class GalaxyDataLoaders(_GalaxyLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.stats`, `.size`, `.source`"
     @classmethod

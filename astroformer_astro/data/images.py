@@ -55,7 +55,7 @@ def _begins(path):
     if not start: return 'the file is empty'
     return 'it is a web page' if start.lower().startswith((b'<!doctype', b'<html')) else f'it begins with {start[:12]!r}'
 
-# %% ../../nbs/10_data.images.ipynb #a92d6388
+# %% ../../nbs/10_data.images.ipynb #12386c49
 @dataclass
 class GalaxySet:
     "Cut-outs of one size and a catalogue row for each"
@@ -83,7 +83,7 @@ class GalaxySet:
         lines = [f'{len(self)} galaxies of {self.images.shape[1]} px{bands} from {self.source}',
                  '  ' + ', '.join(f'{c} {n.get(c, 0)}' for c in self.classes)]
         if 'redshift' in self.catalog: lines.append(f'  {int(self.catalog.redshift.isna().sum())} without a redshift')
-        if len(self.skipped): lines.append(f"  {len(self.skipped)} rows left out: {_named(self.skipped)}")
+        if len(self.skipped): lines.append(f"  {len(self.skipped)} row{'s'*(len(self.skipped) > 1)} left out: {_named(self.skipped)}")
         return '\n'.join(lines)
 
 def _named(skipped, most=3):
@@ -103,7 +103,7 @@ def pixel_store(
     if np.prod(shape, dtype=np.int64)*np.dtype(dtype).itemsize <= in_memory: return np.empty(shape, dtype)
     return np.memmap(tempfile.TemporaryFile(), dtype, 'w+', shape=shape)
 
-# %% ../../nbs/10_data.images.ipynb #8abfa122
+# %% ../../nbs/10_data.images.ipynb #4cd8452a
 def read_table(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
 )->pd.DataFrame:
@@ -111,7 +111,7 @@ def read_table(
     if isinstance(table, pd.DataFrame): return table.reset_index(drop=True)
     path = Path(table)
     if not path.exists(): raise GalaxyDataError(f'{path} does not exist; give the path of a CSV or Parquet catalogue.')
-    try: return pd.read_parquet(path) if path.suffix in ('.parquet', '.pq') else pd.read_csv(path)
+    try: return pd.read_parquet(path) if path.suffix in ('.parquet', '.pq') else pd.read_csv(path, float_precision='round_trip')
     except Exception as e: raise GalaxyDataError(f'{path} cannot be read as a catalogue ({str(e).splitlines()[0]}); give a CSV or Parquet file.') from e
 
 def check_columns(
