@@ -155,8 +155,45 @@ def _made(augment):
     "A list of transforms, made now where a class or a function was given"
     return L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
 
-# %% ../../nbs/15_data.block.ipynb #311c158a
-class GalaxyDataLoaders(_GalaxyLoaders):
+# %% ../../nbs/15_data.block.ipynb #0d916f04
+class _CardLoaders(_GalaxyLoaders):
+    "Loaders that prepare galaxies which are not of their survey"
+    @classmethod
+    def from_card(cls,
+        card:dict, # As from `read_card`
+        device=None, # Where batches go; the GPU where there is one
+    ):
+        "Loaders without galaxies of their own, whose `test_dl` prepares new ones as the network of this card expects"
+        size, classes, bands = card['cfg']['img_size'][0], tuple(card['classes']), tuple(card.get('bands', ()))
+        stretch, reader = (make.from_dict(card[k]) if card.get(k) else None for k, make in (('stretch', Stretch), ('reader', FitsReader)))
+        blank = np.zeros((4, size, size, len(card['stats'][0])), np.float32 if stretch else np.uint8)
+        dls = cls.from_galaxies(GalaxySet(blank, pd.DataFrame(dict(label=classes[:2]*2)), classes, 'a card', bands=bands, stretch=stretch, reader=reader),
+                                stats=card['stats'], train=[0, 1], valid=[2, 3], device=device)
+        dls.catalog = dls.catalog.iloc[:0]       # the blanks only hold the place: there is nothing to score or to explain
+        return dls
+
+    def card(self):
+        "What `from_card` needs, besides the network's size: numbers, strings and lists"
+        g = self.galaxies
+        return dict(classes=list(self.classes), stats=self.stats, bands=list(g.bands), stretch=g.stretch and g.stretch.to_dict(),
+                    reader=g.reader.to_dict() if isinstance(g.reader, FitsReader) else None)
+
+    def new_empty(self):
+        "Loaders as of a card: an exported Learner carries no galaxies"
+        return self.from_card(self.card() | dict(cfg=dict(img_size=(self.size, self.size))), self.device)
+
+    def test_dl(self,
+        test_items, # Row numbers, paths, pictures, arrays, or a `DataFrame` of catalogue rows
+        rm_type_tfms=0, # Steps of the reading to leave out
+        with_labels:bool=False, # Whether the items carry a class
+        **kwargs
+    ):
+        "A loader of new galaxies, treated as the validation set is"
+        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.iterrows()]
+        return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
+
+# %% ../../nbs/15_data.block.ipynb #2c807958
+class GalaxyDataLoaders(_CardLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.stats`, `.size`, `.source`"
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
@@ -207,37 +244,3 @@ class GalaxyDataLoaders(_GalaxyLoaders):
         "From a table of FITS files, in flux to the end; raises `GalaxyDataError` naming the rows that cannot be used"
         reader = FitsReader(size=size, bands=bands, pxscale=pxscale, **settings or {})
         return cls.from_galaxies(read_fits_catalog(table, images, x, y, reader, centre=centre, bad=bad, progress=progress, classes=classes, stretch=stretch), y=y, **kwargs)
-
-    @classmethod
-    def from_card(cls,
-        card:dict, # As from `read_card`
-        device=None, # Where batches go; the GPU where there is one
-    ):
-        "Loaders without galaxies of their own, whose `test_dl` prepares new ones as the network of this card expects"
-        size, classes, bands = card['cfg']['img_size'][0], tuple(card['classes']), tuple(card.get('bands', ()))
-        stretch, reader = (make.from_dict(card[k]) if card.get(k) else None for k, make in (('stretch', Stretch), ('reader', FitsReader)))
-        blank = np.zeros((4, size, size, len(card['stats'][0])), np.float32 if stretch else np.uint8)
-        dls = cls.from_galaxies(GalaxySet(blank, pd.DataFrame(dict(label=classes[:2]*2)), classes, 'a card', bands=bands, stretch=stretch, reader=reader),
-                                stats=card['stats'], train=[0, 1], valid=[2, 3], device=device)
-        dls.catalog = dls.catalog.iloc[:0]       # the blanks only hold the place: there is nothing to score or to explain
-        return dls
-
-    def card(self):
-        "What `from_card` needs, besides the network's size: numbers, strings and lists"
-        g = self.galaxies
-        return dict(classes=list(self.classes), stats=self.stats, bands=list(g.bands), stretch=g.stretch and g.stretch.to_dict(),
-                    reader=g.reader.to_dict() if isinstance(g.reader, FitsReader) else None)
-
-    def new_empty(self):
-        "Loaders as of a card: an exported Learner carries no galaxies"
-        return self.from_card(self.card() | dict(cfg=dict(img_size=(self.size, self.size))), self.device)
-
-    def test_dl(self,
-        test_items, # Row numbers, paths, pictures, arrays, or a `DataFrame` of catalogue rows
-        rm_type_tfms=0, # Steps of the reading to leave out
-        with_labels:bool=False, # Whether the items carry a class
-        **kwargs
-    ):
-        "A loader of new galaxies, treated as the validation set is"
-        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.iterrows()]
-        return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
