@@ -106,7 +106,7 @@ def test_bad_row(catalogue, refused, spoil, words):
 def test_bad_rows_can_be_left_out(catalogue, capsys):
     dls = GalaxyDataLoaders.from_catalog(catalogue(lambda p: p.unlink()), bad='skip', size=32, progress=False)
     dls.summary()
-    assert '1 rows left out' in capsys.readouterr().out and len(dls.catalog) == 19
+    assert '1 row left out' in capsys.readouterr().out and len(dls.catalog) == 19
 
 
 def test_missing_column(catalogue, refused):
