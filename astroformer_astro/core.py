@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['galaxy10_classes', 'galaxy10_counts', 'short_name', 'GalaxyDataError', 'seed_everything', 'require', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #45f72991
-import errno, importlib, os, platform, random
+# %% ../nbs/00_core.ipynb #7b86e7ed
+import errno, importlib, os, platform, random, re
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 
@@ -51,14 +52,14 @@ def require(
     except ImportError as e:
         raise ImportError(f"{module} is needed for this; install it with: pip install 'astroformer_astro[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #20f13dbc
+# %% ../nbs/00_core.ipynb #aeb9d782
 @contextmanager
 def atomic_path(
     path, # Final name of the file
 ):
     "Give a temporary `Path` beside `path`; on success it is renamed to `path`, on an error it is removed"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{platform.node()}-{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{platform.node()}-{os.getpid()}-{get_ident()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -76,8 +77,9 @@ def _about(e, tmp, path):
     return e.errno not in (None, errno.ENOENT)
 
 def _sweep(path):
-    for old in path.parent.glob(f'.{escape(path.name)}.{escape(platform.node())}-*.tmp'):
-        if not _runs(int(old.name.rsplit('-', 1)[1][:-4])): old.unlink(missing_ok=True)
+    ours = re.compile(re.escape(f'.{path.name}.{platform.node()}-') + r'(\d+)-\d+\.tmp')
+    for old in path.parent.glob(f'.{escape(path.name)}.*.tmp'):
+        if (found := ours.fullmatch(old.name)) and not _runs(int(found[1])): old.unlink(missing_ok=True)
 
 def _runs(pid):
     if os.name != 'posix': return True      # elsewhere signal 0 would end the process

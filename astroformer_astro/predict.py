@@ -34,7 +34,7 @@ def write_table(
     with atomic_path(path) as tmp: _writers[Path(path).suffix](df, tmp, index=False)
     return Path(path)
 
-# %% ../nbs/33_predict.ipynb #54cfae79
+# %% ../nbs/33_predict.ipynb #1ca2f5e9
 def _opener(learn, images, x):
     "What opens the files that a row names, with its folder and columns; as in training, but for what is said here"
     own = learn.dls.galaxies.reader
@@ -44,9 +44,9 @@ def _opener(learn, images, x):
 
 def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
     if isinstance(reader, PictureReader): return read_images([reader.folder/str(f) for f in df[reader.x]], reader.size, progress)
-    pixels, problems = [None]*len(df), {}
+    pixels, problems, rows = [None]*len(df), {}, df.astype(object)       # or a row of numbers would turn 12 into 12.0
     for i in bar(range(len(df)), progress):
-        try: pixels[i] = reader(df.iloc[i])
+        try: pixels[i] = reader(rows.iloc[i])
         except GalaxyDataError as e: problems[i] = str(e)
     return pixels, problems
 

@@ -25,15 +25,19 @@ def test_demo(tmp_path):
 
 
 @real
-def test_flux_in_five_bands_learns_with_real_cubes_in_the_batch(tmp_path):
-    table = pd.read_csv(synth_fits(tmp_path, n=2000, size=64, seed=0)).drop(columns=['ra', 'dec'])
-    shutil.copy(shared/'fits'/'hsc_grizy_cube'/'Cut_HSC.fits', tmp_path/'hsc.fits')
-    with fits.open(tmp_path/'hsc.fits', mode='update') as f: f[0].header.update(BANDS='grizy', MAGZERO=27., BUNIT='adu')
-    table = pd.concat([table, pd.DataFrame(dict(file='hsc.fits', label=['Merging Galaxies']*4))], ignore_index=True)
+@pytest.mark.parametrize('survey, bands, cubes, header', [
+    ('c', 'grizy', ['hsc_grizy_cube/Cut_HSC.fits'], dict(BANDS='grizy', MAGZERO=27., BUNIT='adu')),
+    ('a', 'grz', [f'decals_grz_cube/{f}.fits' for f in ('example', 'example_a', 'temp_small', 'gzbcnn_example_b_162px')], dict(BUNIT='nanomaggy'))])
+def test_flux_learns_with_real_cubes_in_the_batch(tmp_path, survey, bands, cubes, header):
+    "The real cubes have no label that counts here: they must be read, and do no harm. Their headers lack a unit, which is put in."
+    table = pd.read_csv(synth_fits(tmp_path, n=2000, size=64, seed=0, survey=survey)).drop(columns=['ra', 'dec'])
+    for cube in cubes:
+        shutil.copy(shared/'fits'/cube, tmp_path); (tmp_path/Path(cube).name).chmod(0o644)
+        with fits.open(tmp_path/Path(cube).name, mode='update') as f: f[0].header.update(header)
+    table = pd.concat([table, pd.DataFrame(dict(file=[Path(c).name for c in cubes]*4, label='Merging Galaxies'))], ignore_index=True)
     seed_everything(0)
-    valid = split_galaxies(table.label[:2000], seed=1)[1]
-    dls = GalaxyDataLoaders.from_fits(table, images=tmp_path, valid=valid, progress=False)
-    assert list(dls.galaxies.bands) == list('grizy') and np.isfinite(dls.galaxies.images).all() and 2003 in dls.train_ds.items
+    dls = GalaxyDataLoaders.from_fits(table, images=tmp_path, valid=split_galaxies(table.label[:2000], seed=1)[1], progress=False)
+    assert ''.join(dls.galaxies.bands) == bands and np.isfinite(dls.galaxies.images).all() and {*range(2000, len(table))} <= {*dls.train_ds.items}
     learn = astroformer_learner(dls, 'astroformer_nano')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(30)
     assert evaluate(learn)['metrics']['accuracy'] >= .75

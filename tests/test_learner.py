@@ -2,6 +2,7 @@
 import subprocess, sys
 
 import numpy as np, pytest, torch
+from fastai.callback.mixup import CutMix, MixUp
 
 from astroformer_astro.core import seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
@@ -56,3 +57,11 @@ def test_it_runs_without_a_warning(path):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'Warning' not in done.stderr
+
+
+@pytest.mark.parametrize('mixed', [MixUp(.4), CutMix(1.)])
+def test_mixing_galaxies_trains(tmp_path, mixed):
+    dls = GalaxyDataLoaders.from_hdf5(synth_galaxy10(tmp_path/'m.h5', n=60, size=64, seed=0, balance='uniform'), bs=16, progress=False)
+    learn = astroformer_learner(dls, 'astroformer_nano', cbs=mixed)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(np.isfinite(v) for v in learn.recorder.values[-1])

@@ -58,7 +58,7 @@ def resample(
     (level, noise, more), inside = sky, (grid.abs() <= 1).all(-1)[:,None]
     return torch.where(inside, y, level) + torch.where(inside, more, noise)*torch.randn_like(y)
 
-# %% ../../nbs/14_data.augment.ipynb #8f877525
+# %% ../../nbs/14_data.augment.ipynb #95105248
 def blur(
     x, # `B x C x H x W`
     fwhm, # Full width at half maximum of the Gaussian, px: `B`; 0 leaves a galaxy alone
@@ -75,18 +75,18 @@ def _blur_matrix(n, fwhm): # `B x n x n`
     near, left, right = (i[:,None] - i).abs(), i[:,None] + i + 1, 2*n - 1 - i[:,None] - i
     return profile[:,near] + profile[:,left] + profile[:,right]
 
-# %% ../../nbs/14_data.augment.ipynb #55d5a427
+# %% ../../nbs/14_data.augment.ipynb #1d84e717
 def recede(
     z, # Redshift at which the galaxy is seen
     to, # Redshift to move it to; may be an array
 )->tuple: # Factors of size and of surface brightness
-    "What a larger distance does to a galaxy's picture (Planck 2018 cosmology)"
+    "What a larger distance does to a galaxy's picture in flux per frequency, without a K-correction (Planck 2018 cosmology)"
     z, to = np.asarray(z, float), np.asarray(to, float)
     if (z <= 0).any() or (to < z).any(): raise GalaxyDataError(f'a galaxy cannot be moved from redshift {z} to {to}; give one above 0 and then one not below it.')
     near, far = (Planck18.angular_diameter_distance(v).value for v in (z, to))
-    return near/far, ((1 + z)/(1 + to))**4
+    return near/far, ((1 + z)/(1 + to))**3
 
-# %% ../../nbs/14_data.augment.ipynb #d9a636fe
+# %% ../../nbs/14_data.augment.ipynb #da2ac53c
 def depth_to_sigma(
     depth, # AB magnitude of a star at five sigma
     fwhm, # PSF full width at half maximum, arcsec
@@ -105,13 +105,15 @@ def add_noise(
     if gain is not None: variance = variance + x.clamp_min(0)/gain
     return x + variance.sqrt()*torch.randn_like(x)
 
-# %% ../../nbs/14_data.augment.ipynb #cb76c833
+# %% ../../nbs/14_data.augment.ipynb #fdb7d951
 class GalaxyTransform(DisplayedTransform):
     "A change of training batches, `B x C x H x W`, that acts on a share `p` of the galaxies"
     split_idx, p, pxscale = 0, 1., None
+    flux, mask = True, False       # what the loaders know of their galaxies: flux or pictures, and whether the last band marks missing pixels
     def encodes(self, x:TensorGalaxy):
         chosen, scale, y = _chosen(x, self.p), getattr(x, 'pxscale', None), x.as_subclass(torch.Tensor).clone()
-        if len(chosen): y[chosen] = self.change(y[chosen], None if scale is None else scale.to(x.device)[chosen])
+        bands = y[:, :-1] if self.mask else y
+        if len(chosen): bands[chosen] = self.change(bands[chosen], None if scale is None else scale.to(x.device)[chosen])
         return _galaxy(y, scale)
 
     def arcsec(self, x, scale): # arcsec/px, `B`
@@ -119,7 +121,7 @@ class GalaxyTransform(DisplayedTransform):
         if scale is None or not scale.isfinite().all(): raise GalaxyDataError(f'{type(self).__name__} works in arcsec and the pixel scale is not known; give the catalogue a column pxscale, or pxscale= to {type(self).__name__}.')
         return scale
 
-# %% ../../nbs/14_data.augment.ipynb #215c188d
+# %% ../../nbs/14_data.augment.ipynb #f9137f29
 def _galaxy(x, pxscale):
     galaxy = TensorGalaxy(x)
     galaxy.pxscale = pxscale
@@ -131,7 +133,7 @@ def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
 def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
     return 2*torch.rand(len(x), *shape, device=x.device) - 1
 
-# %% ../../nbs/14_data.augment.ipynb #2672b567
+# %% ../../nbs/14_data.augment.ipynb #3b23ba43
 class GalaxyAugment(GalaxyTransform):
     "A random orientation for every galaxy; for a share `p` also any angle, a shift, a zoom and a larger redshift, in one resampling"
     order = 20
@@ -139,7 +141,7 @@ class GalaxyAugment(GalaxyTransform):
         p:float=.75, # Share of galaxies that are resampled; the others are turned and flipped exactly
         angle:float=180, # Largest turn, degrees
         shift:float=.06, # Largest shift, as a fraction of half the side
-        zoom:float=.1, # Largest relative change of the pixel scale
+        zoom:float=.1, # Largest relative change of size, at the same surface brightness
         jitter:float=None, # Largest error of the centroid, arcsec; in place of `shift`
         redshift:tuple=None, # Redshift of the survey, and the largest to move its galaxies to; for flux
         seeing:float=0, # PSF FWHM, arcsec, which a galaxy further away is still seen through
@@ -151,17 +153,18 @@ class GalaxyAugment(GalaxyTransform):
     def encodes(self, x:TensorGalaxy):
         chosen, scale = _chosen(x, self.p), getattr(x, 'pxscale', None)
         y = dihedral(x.as_subclass(torch.Tensor), torch.randint(8, (len(x),), device=x.device))
-        zoom = torch.ones(len(x), device=x.device)
-        zoom[chosen] = (self.zoom*_uniform(chosen)).exp()
-        if len(chosen): y[chosen] = self.move(y[chosen], zoom[chosen], None if scale is None else scale.to(x.device)[chosen])
-        return _galaxy(y, None if scale is None else scale/zoom.to(scale.device))
+        if len(chosen): y[chosen] = self.move(y[chosen], None if scale is None else scale.to(x.device)[chosen])
+        return _galaxy(y, scale)
 
-    def move(self, x, zoom, scale):
-        "All that is not a quarter-turn, in one resampling"
+    def move(self, x, scale):
+        "All that is not a quarter-turn, in one resampling; a mask is moved by the nearest pixel"
         if self.jitter is not None or self.seeing: scale = self.arcsec(x, scale)
+        x, mask = (x[:, :-1], x[:, -1:]) if self.mask else (x, None)
         x, size, sky = self._recede(x, scale) if self.redshift else (x, 1., None)
         shift = self.shift if self.jitter is None else (2*self.jitter/x.shape[-1]/scale)[:,None]
-        return resample(x, affine(math.radians(self.angle)*_uniform(x), zoom*size, shift*_uniform(x, 2)), sky)
+        matrix = affine(math.radians(self.angle)*_uniform(x), (self.zoom*_uniform(x)).exp()*size, shift*_uniform(x, 2))
+        y = resample(x, matrix, sky)
+        return y if mask is None else torch.cat([y, (resample(mask, matrix) > .5).to(y.dtype)], 1)
 
     def _recede(self, x, scale):
         "Fainter, blurred by what the PSF will lack once the galaxy is smaller (by an average over pixels at the least), and as noisy as before"
@@ -171,7 +174,7 @@ class GalaxyAugment(GalaxyTransform):
         fainter = level + (blur(x, torch.sqrt((seeing**2 + 1.2**2)*(1/size**2 - 1))) - level)*light.view(-1, 1, 1, 1)
         return fainter, size, (level, noise, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt())
 
-# %% ../../nbs/14_data.augment.ipynb #293b0205
+# %% ../../nbs/14_data.augment.ipynb #0827dcea
 class Seeing(GalaxyTransform):
     "Broaden the PSF: convolve with a Gaussian of up to `fwhm` arcsec"
     order = 30
@@ -182,7 +185,7 @@ class Seeing(GalaxyTransform):
     ): self.fwhm, self.p, self.pxscale = fwhm, p, pxscale
     def change(self, x, scale): return blur(x, self.fwhm/self.arcsec(x, scale)*torch.rand(len(x), device=x.device))
 
-# %% ../../nbs/14_data.augment.ipynb #0107e1da
+# %% ../../nbs/14_data.augment.ipynb #2064cfea
 class BandGain(GalaxyTransform):
     "Errors of calibration: each band brighter or fainter by up to `mag` magnitudes"
     order = 40
@@ -192,7 +195,7 @@ class BandGain(GalaxyTransform):
     ): self.mag, self.p = mag, p
     def change(self, x, scale): return x*10**(.4*self.mag*_uniform(x, x.shape[1], 1, 1))
 
-# %% ../../nbs/14_data.augment.ipynb #cc7dd510
+# %% ../../nbs/14_data.augment.ipynb #ff4013c5
 class SkyLevel(GalaxyTransform):
     "Sky that was not subtracted well: an offset and a gradient in each band"
     order = 50
@@ -206,7 +209,7 @@ class SkyLevel(GalaxyTransform):
         turn, steep = math.pi*_uniform(x, 1, 1, 1), self.gradient*_uniform(x, x.shape[1], 1, 1)
         return x + self.level*_uniform(x, x.shape[1], 1, 1) + steep*(turn.sin()*down[:,None] + turn.cos()*across)
 
-# %% ../../nbs/14_data.augment.ipynb #32fde19f
+# %% ../../nbs/14_data.augment.ipynb #ec3541fe
 class SkyNoise(GalaxyTransform):
     "Noise of a shallower exposure: up to `sigma`, or down to a `depth`, and the Poisson noise of the galaxy's light"
     order = 60
@@ -225,12 +228,13 @@ class SkyNoise(GalaxyTransform):
 
     def most(self, x, scale): # Largest noise to add, `B`
         if self.depth is None: return torch.full((len(x),), self.sigma, device=x.device)
+        if not self.flux: raise GalaxyDataError('a depth in magnitudes needs flux in nanomaggies, and these galaxies are pictures; give SkyNoise a sigma on their scale of 0 to 1.')
         target, now = (depth_to_sigma(d, self.fwhm, self.arcsec(x, scale)) for d in (self.depth, self.now))
         return (target**2 - now**2).sqrt()
 
     def change(self, x, scale): return add_noise(x, self.most(x, scale)*torch.rand(len(x), device=x.device), self.gain)
 
-# %% ../../nbs/14_data.augment.ipynb #1469a8c4
+# %% ../../nbs/14_data.augment.ipynb #3f7ea0fe
 class BandDropout(GalaxyTransform):
     "One band of a share `p` of the galaxies becomes sky at level 0"
     order = 70
@@ -242,7 +246,7 @@ class BandDropout(GalaxyTransform):
         lost = torch.randint(x.shape[1], (len(x), 1, 1, 1), device=x.device)
         return x*(torch.arange(x.shape[1], device=x.device).view(-1, 1, 1) != lost)
 
-# %% ../../nbs/14_data.augment.ipynb #11a914fb
+# %% ../../nbs/14_data.augment.ipynb #38e8f8d2
 class Cutout(GalaxyTransform):
     "A square of the standardised galaxy becomes the survey's mean"
     order = 100

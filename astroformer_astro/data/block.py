@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'split_rows', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #81971d67
+# %% ../../nbs/15_data.block.ipynb #361d2e74
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -13,8 +15,8 @@ from fasttransform import Transform
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from ..core import GalaxyDataError
-from .augment import GalaxyAugment
-from .fits import FitsReader, read_fits_catalog
+from .augment import GalaxyAugment, GalaxyTransform
+from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import read_hdf5
 from .images import GalaxySet, PictureReader, read_catalog, to_cutout
 from PIL import Image
@@ -85,7 +87,7 @@ class _RowsDL(TfmdDL):
         if rows is None: yield from super().create_batches(samps)
         else: yield from (rows.batch([self.dataset.items[i] for i in some]) for some in self.chunkify(samps))
 
-# %% ../../nbs/15_data.block.ipynb #01fbec5e
+# %% ../../nbs/15_data.block.ipynb #e1c53648
 def split_rows(
     catalog:pd.DataFrame, # Columns `label`, and `ra` and `dec` (degrees) where they are known
     groups=None, # Group on the sky of each galaxy
@@ -98,17 +100,23 @@ def split_rows(
     if valid is None: part, valid = split_galaxies(catalog.label, groups, valid_pct, seed)
     else: valid = _rows(valid, 'valid', len(catalog)); part = np.setdiff1d(np.arange(len(catalog)), valid)
     train = part if train is None else _rows(train, 'train', len(catalog))
+    if torn := _torn(groups, train, valid): warnings.warn(f'{torn} of the {len(valid)} galaxies held out share sky with one that is trained on; split_galaxies and split_by_column keep them apart.', stacklevel=3)
     if both := set(train) & set(valid): raise GalaxyDataError(f'{len(both)} galaxies are both to be trained on and held out, row {min(both)} among them.')
     missing = set(catalog.label.iloc[valid]) - set(catalog.label.iloc[train])
     if missing: raise GalaxyDataError(f'no galaxy of class {sorted(missing)[0]!r} is left to train on, but some are held out; hold out fewer, or leave out the class.')
     return train, valid
 
+def _torn(groups, train, valid): # How many galaxies of `valid` are in a group with one of `train`
+    return 0 if groups is None else int(np.isin(groups[valid], groups[train]).sum())
+
 def _rows(rows, name, n):
-    rows = np.unique(np.asarray(list(rows), int))
+    given = np.asarray(list(rows), int)
+    rows = np.unique(given)
+    if len(rows) < len(given): raise GalaxyDataError(f'{name} names {len(given) - len(rows)} rows more than once; give each once.')
     if not len(rows) or rows[0] < 0 or rows[-1] >= n: raise GalaxyDataError(f'{name} must name rows from 0 to {n-1}' + (f'; it holds {rows[0]} to {rows[-1]}.' if len(rows) else '; it is empty.'))
     return rows
 
-# %% ../../nbs/15_data.block.ipynb #0a790ea5
+# %% ../../nbs/15_data.block.ipynb #71360be7
 class _GalaxyLoaders(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
     @classmethod
@@ -130,9 +138,10 @@ class _GalaxyLoaders(DataLoaders):
         position = position_columns(galaxies.catalog)
         groups = sky_groups(*position, separation) if position else None
         train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
+        if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
         stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=row_splitter(train, valid),
-                           get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y), batch_tfms=_made(augment) + [Standardize(*stats)])
+                           get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
         dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=device, create_batch=collate, dl_type=_RowsDL)
         numbers = np.array([dls.vocab.o2i[l] for l in galaxies.catalog.label])
         for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, numbers)
@@ -143,19 +152,27 @@ class _GalaxyLoaders(DataLoaders):
         self.groups, self.stats, self.size = groups, tuple(np.asarray(s).tolist() for s in stats), galaxies.images.shape[1]
         return self
 
+    def _sky_said(self):
+        if self.groups is None: return ''
+        torn = _torn(self.groups, list(self.train_ds.items), list(self.valid_ds.items))
+        return f', {torn} of them near one that is trained on' if torn else f', {len(set(self.groups))} groups on the sky kept whole'
+
     def summary(self):
         "Print what was read, how it was split, and what a batch is"
         x = self.one_batch()[0]
         print(self.galaxies.summary())
-        print(f"{len(self.train_ds)} to train on, {len(self.valid_ds)} to validate on" + ("" if self.groups is None else f", {len(set(self.groups))} groups on the sky kept whole"))
+        print(f"{len(self.train_ds)} to train on, {len(self.valid_ds)} to validate on" + self._sky_said())
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
-# %% ../../nbs/15_data.block.ipynb #e35f6d2f
-def _made(augment):
-    "A list of transforms, made now where a class or a function was given"
-    return L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
+# %% ../../nbs/15_data.block.ipynb #82f93433
+def _made(augment, galaxies):
+    "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
+    made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
+    for t in made:
+        if isinstance(t, GalaxyTransform): t.flux, t.mask = galaxies.stretch is not None, galaxies.bands[-1:] == ('mask',)
+    return made
 
-# %% ../../nbs/15_data.block.ipynb #0d916f04
+# %% ../../nbs/15_data.block.ipynb #bfa6bc98
 class _CardLoaders(_GalaxyLoaders):
     "Loaders that prepare galaxies which are not of their survey"
     @classmethod
@@ -189,7 +206,7 @@ class _CardLoaders(_GalaxyLoaders):
         **kwargs
     ):
         "A loader of new galaxies, treated as the validation set is"
-        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.iterrows()]
+        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
 # %% ../../nbs/15_data.block.ipynb #2c807958

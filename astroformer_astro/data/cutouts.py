@@ -124,13 +124,15 @@ def _missing(body, ask):
     except GalaxyDataError: raise
     except Exception: raise _Later(f'the {ask.format} file is damaged') from None
 
-# %% ../../nbs/16_data.cutouts.ipynb #9031c9a8
+# %% ../../nbs/16_data.cutouts.ipynb #bc87328f
 def _cube(bodies, bands):
     "One FITS file, `bands x H x W` float32, from a FITS file for each band"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        planes = [fits.open(BytesIO(b), memmap=False)[0] for b in bodies]
-        hdu = fits.PrimaryHDU(np.stack([np.squeeze(p.data) for p in planes]).astype(np.float32), planes[0].header)
+        planes = [fits.open(BytesIO(b), memmap=False)[0] if b.startswith(b'SIMPLE  =') else None for b in bodies]     # a band may lie outside of its footprint
+        some = next(p for p in planes if p is not None)
+        empty = np.full(np.squeeze(some.data).shape, np.nan)
+        hdu = fits.PrimaryHDU(np.stack([empty if p is None else np.squeeze(p.data) for p in planes]).astype(np.float32), some.header)
         hdu.header['BANDS'] = bands
         hdu.writeto(f := BytesIO(), output_verify='silentfix')
     return f.getvalue()

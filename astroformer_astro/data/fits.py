@@ -588,7 +588,7 @@ def _aim(image, size, ra, dec, pxscale):
     try: return *_pixel_at(image.wcs, (height, width), ra, dec), step
     except GalaxyDataError as e: raise GalaxyDataError(f'{image.source} {e}') from None
 
-# %% ../../nbs/12_data.fits.ipynb #61bdce67
+# %% ../../nbs/12_data.fits.ipynb #2d57f40f
 @dataclass(frozen=True)
 class FitsReader:
     "`H x W x bands`, float32, from FITS files; settings that make no sense raise `GalaxyDataError`"
@@ -644,13 +644,14 @@ class FitsReader:
 
     def pixels(self,
         cutout:FitsImage, # As from `cutout`
-    )->np.ndarray: # `size x size x bands`, float32, the first row at the top
+    )->np.ndarray: # `size x size x bands`, float32, the first row at the top, handed as the sky is
         "The array, by the policy for pixels without a measurement"
         most = self.max_masked if self.max_masked is not None else 0 if self.invalid == 'refuse' else .75
         if cutout.masked > most: raise GalaxyDataError(f'{cutout.source}: {cutout.masked:.1%} of the cut-out was not measured; at most {most:.0%} is allowed (max_masked)')
         bands = [*cutout.data]
         if self.invalid == 'channel': bands.append(cutout.mask.any(0))
-        return np.stack(bands, -1)[::-1].astype(np.float32)
+        mirrored = cutout.wcs is not None and np.linalg.det(cutout.wcs.celestial.pixel_scale_matrix) > 0
+        return np.stack(bands, -1)[::-1, ::-1 if mirrored else 1].astype(np.float32)
 
     def to_dict(self): # Dict that JSON can hold
         "The settings that differ from the defaults, and the size; the folder belongs to the machine and is left out"
@@ -705,7 +706,7 @@ def holds_fits(
     names = [x] if '{' in x else read_table(table).get(x, pd.Series(dtype=str)).dropna().astype(str)[:1]
     return any(map(is_fits, names))
 
-# %% ../../nbs/12_data.fits.ipynb #f83aa057
+# %% ../../nbs/12_data.fits.ipynb #285129e8
 def _read_rows(reader, files, ra, dec, progress):
     "Pixels, the reader with bands and unit settled, what is known of each row, and `{row: problem}`"
     pixels, first, known, problems = None, None, [(np.nan,)*4]*len(files), {}
@@ -719,10 +720,18 @@ def _read_rows(reader, files, ra, dec, progress):
         pixels[i], known[i] = flux, (image.pxscale or np.nan, image.masked, *image.centre)
     return pixels, first and replace(reader, bands=first[1], unit=first[2]), np.array(known), problems
 
+def _with_known(df, known):
+    "The catalogue with what the files say: the pixel scale, where they have one; the share masked and the position, unless it has its own"
+    found = pd.DataFrame(known, columns=['pxscale', 'masked', 'ra', 'dec'], index=df.index)
+    own = {str(c).lower() for c in df.columns}
+    if 'pxscale' in df: found['pxscale'] = found.pxscale.fillna(df.pxscale)
+    new = [k for k in found if k == 'pxscale' or k not in own]
+    return df.assign(**found[new].dropna(axis=1, how='all'))
+
 def _unlike(image, first):
     return f"{image.source} holds {' '.join(image.bands)} in {image.unit}, unlike row {first[0]}: {' '.join(first[1])} in {first[2]}"
 
-# %% ../../nbs/12_data.fits.ipynb #733dedda
+# %% ../../nbs/12_data.fits.ipynb #a55f035a
 def fit_stretch(
     stretch:Stretch, # As in `Stretch.fit`
     images, # `N x H x W x bands`
@@ -731,10 +740,11 @@ def fit_stretch(
 )->Stretch:
     "`stretch` with limits for the bands of flux"
     if bands[-1] != 'mask': return stretch.fit(images, rows)
+    if stretch.name == 'lupton': raise GalaxyDataError('the lupton stretch keeps the ratios of bands, and a mask has none to the others; choose asinh, or fill missing pixels (invalid).')
     stretch = stretch.fit(images[..., :-1], rows)
     return replace(stretch, low=(*stretch.low, 0), high=(*stretch.high, 1))
 
-# %% ../../nbs/12_data.fits.ipynb #d0d3de4c
+# %% ../../nbs/12_data.fits.ipynb #55b0c119
 def read_fits_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -760,5 +770,5 @@ def read_fits_catalog(
     df, pixels = df.iloc[use].reset_index(drop=True), pixels[use] if len(skipped) else pixels
     labels, classes = class_names(df[y], classes, name)
     bands = settled.bands + ('mask',)*(settled.invalid == 'channel')
-    df = df.assign(label=labels, pxscale=known[use, 0], masked=known[use, 1], **{k: known[use, i] for i, k in ((2, 'ra'), (3, 'dec')) if k not in df})
-    return GalaxySet(pixels, df, classes, name, skipped, bands, stretch or fit_stretch(Stretch(), pixels, bands), settled)
+    df = _with_known(df, known[use]).assign(label=labels)
+    return GalaxySet(pixels, df, classes, name, skipped, bands, stretch or fit_stretch(Stretch(), pixels, bands), settled, fitted=stretch is None)

@@ -18,8 +18,8 @@ import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
 from .images import GalaxySet, _side, bar, check_columns, class_names, open_catalog, pixel_store, read_image, to_cutout, unusable_rows
 
-# %% ../../nbs/11_data.hdf5.ipynb #f22ef026
-_hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError
+# %% ../../nbs/11_data.hdf5.ipynb #a95748d8
+_hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError
 
 @contextmanager
 def _reading(path):

@@ -55,7 +55,7 @@ def _begins(path):
     if not start: return 'the file is empty'
     return 'it is a web page' if start.lower().startswith((b'<!doctype', b'<html')) else f'it begins with {start[:12]!r}'
 
-# %% ../../nbs/10_data.images.ipynb #12386c49
+# %% ../../nbs/10_data.images.ipynb #e995ada3
 @dataclass
 class GalaxySet:
     "Cut-outs of one size and a catalogue row for each"
@@ -67,6 +67,7 @@ class GalaxySet:
     bands:tuple=() # Names of the bands of flux
     stretch:object=None # Maps flux to a scale of 0 to 1; `None` for pictures
     reader:object=None # Opens another file or catalogue row as these were opened, to `H x W x C`
+    fitted:bool=False # Whether `stretch` was fitted to all these galaxies; the loaders fit it again to those they train on
 
     def __len__(self): return len(self.images)
     def take(self, rows): # `GalaxySet` of these rows
@@ -103,7 +104,7 @@ def pixel_store(
     if np.prod(shape, dtype=np.int64)*np.dtype(dtype).itemsize <= in_memory: return np.empty(shape, dtype)
     return np.memmap(tempfile.TemporaryFile(), dtype, 'w+', shape=shape)
 
-# %% ../../nbs/10_data.images.ipynb #4cd8452a
+# %% ../../nbs/10_data.images.ipynb #8abfa122
 def read_table(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
 )->pd.DataFrame:
@@ -111,7 +112,7 @@ def read_table(
     if isinstance(table, pd.DataFrame): return table.reset_index(drop=True)
     path = Path(table)
     if not path.exists(): raise GalaxyDataError(f'{path} does not exist; give the path of a CSV or Parquet catalogue.')
-    try: return pd.read_parquet(path) if path.suffix in ('.parquet', '.pq') else pd.read_csv(path, float_precision='round_trip')
+    try: return pd.read_parquet(path) if path.suffix in ('.parquet', '.pq') else pd.read_csv(path)
     except Exception as e: raise GalaxyDataError(f'{path} cannot be read as a catalogue ({str(e).splitlines()[0]}); give a CSV or Parquet file.') from e
 
 def check_columns(

@@ -158,7 +158,7 @@ def _train_valid(labels, held):
     if lost: raise GalaxyDataError(f"all galaxies of class {', '.join(sorted(map(str, lost)))} lie in one group of the sky, so none is left to train on; lower the separation or merge the class with another.")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
-# %% ../../nbs/13_data.sky.ipynb #c13a0eaa
+# %% ../../nbs/13_data.sky.ipynb #443dffbd
 def split_galaxies(
     labels, # Class of each galaxy
     groups=None, # Group of each galaxy, as from `sky_groups`
@@ -170,8 +170,9 @@ def split_galaxies(
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     if not 0 < valid_pct <= .5: raise GalaxyDataError(f'valid_pct is {valid_pct}; give the share to hold out, above 0 and up to 0.5.')
     counts = _check_galaxies(labels, groups)
-    parts, total = Fraction(valid_pct).limit_denominator(20).as_integer_ratio()
-    return _train_valid(labels, _deal(labels, groups, min(total, counts.max(), len(np.unique(groups))), seed) < parts)
+    share = next(f for d in (20, 100, 10**4) if (f := Fraction(valid_pct).limit_denominator(d)))
+    k = min(share.denominator, counts.max(), len(np.unique(groups)))
+    return _train_valid(labels, _deal(labels, groups, k, seed) < max(1, round(share*k)))
 
 # %% ../../nbs/13_data.sky.ipynb #e77a7a81
 def k_folds(
