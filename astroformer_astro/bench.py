@@ -99,7 +99,7 @@ def bench_transfer(
             rows.append(dict(start=start, seed=seed, seconds=seconds) | evaluate(learn, galaxies.take(test))['metrics'])
     return _report(rows, 'start', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, pretrained=Path(pretrained).name, per_class=per_class, epochs=epochs)
 
-# %% ../nbs/59_bench.ipynb #f24ad2e0
+# %% ../nbs/59_bench.ipynb #551d6c8d
 def hostile_file(
     path, # HDF5 file to write
     n:int, # Galaxies of 256 px
@@ -107,13 +107,14 @@ def hostile_file(
 )->Path:
     "A survey in the layout of Galaxy10 DECaLS, its storage included; sixty simulated galaxies, turned and with fresh noise"
     some, rng = synth_arrays(60, 256, seed, balance='uniform'), np.random.default_rng(seed)
+    rows = np.argsort(some['ans'][np.arange(n) % 60], kind='stable') % 60          # sorted by class
     with atomic_path(path) as tmp, h5py.File(tmp, 'w') as f:
         images = f.create_dataset('images', (n, 256, 256, 3), np.uint8, chunks=(min(n, 555), 16, 16, 1), compression='gzip', compression_opts=1)
         for first in range(0, n, 555):
             last = min(first + 555, n)
-            noisy = (np.rot90(some['images'][i % 60], i//60) + rng.integers(0, 4, (256, 256, 3), np.uint8) for i in range(first, last))
+            noisy = (np.rot90(some['images'][rows[i]], i % 4) + rng.integers(0, 4, (256, 256, 3), np.uint8) for i in range(first, last))
             images[first:last] = np.stack(list(noisy))
-        f['ans'] = np.sort(some['ans'][np.arange(n) % 60])
+        f['ans'] = some['ans'][rows]
     return Path(path)
 
 # %% ../nbs/59_bench.ipynb #df9f1fe1
@@ -151,27 +152,30 @@ def _reading(folder, gigabytes):
     return dict(gigabytes=pixels.nbytes/1e9, shipped_per_s=slow, repacked_per_s=repacked, memmap_per_s=plain, repacked_over_shipped=repacked/slow, repacked_over_memmap=repacked/plain,
                 repack_s=seconds, repack_peak_mib=peak, of_which_imports_mib=before)
 
-# %% ../nbs/59_bench.ipynb #9f6d41a6
+# %% ../nbs/59_bench.ipynb #1f142b4f
 every_augmentation = lambda: [GalaxyAugment(redshift=(.05, .1), seeing=1.3, jitter=1.), Seeing(1.5), BandGain(), SkyLevel(.02, .02), SkyNoise(.05, gain=500.), BandDropout(), Cutout()]
+
+def _epoch_seconds(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    start = time.perf_counter()
+    for _ in learn.dls.train: pass
+    return time.perf_counter() - start, learn._training_time.seconds
 
 class _TrainingTime(Callback):
     def before_train(self): self.start = time.perf_counter()
     def after_train(self): self.seconds = time.perf_counter() - self.start
 
-def _loading(n, seed):
-    folder, times = Path(tempfile.mkdtemp()), {}
-    path = synth_galaxy10(folder/'s.h5', n=n, size=64, seed=seed)
+def _loading(folder, n, seed):
+    path, times = synth_galaxy10(folder/'s.h5', n=n, size=64, seed=seed), {}
     for name, augment in (('default', GalaxyAugment), ('everything', every_augmentation)):
         seed_everything(seed)
         learn = astroformer_learner(GalaxyDataLoaders.from_hdf5(path, augment=augment, progress=False), 'astroformer_nano', cbs=_TrainingTime())
-        with learn.no_bar(), learn.no_logging(): learn.fit(2)
-        start = time.perf_counter()
-        for _ in learn.dls.train: pass
-        times |= {f'{name}_loaders_s': time.perf_counter() - start, f'{name}_training_s': learn._training_time.seconds}
+        loading, training = zip(*(_epoch_seconds(learn) for _ in range(3)))       # in turns, so that a busy moment hits both
+        times |= {f'{name}_loaders_s': np.median(loading), f'{name}_training_s': np.median(training)}
         times[f'{name}_share'] = times[f'{name}_loaders_s']/times[f'{name}_training_s']
     return times
 
-# %% ../nbs/59_bench.ipynb #0ed985a0
+# %% ../nbs/59_bench.ipynb #574229ac
 def bench_data(
     gigabytes:float=2., # Size of the file to repack, uncompressed
     n:int=2000, # Galaxies in an epoch
@@ -179,7 +183,7 @@ def bench_data(
     out:str=None, # JSON file to write
 )->dict:
     "Random reads from a hostile file before and after `repack`, against numpy.memmap; loaders against an epoch of training"
-    with tempfile.TemporaryDirectory() as folder: found = _reading(Path(folder), gigabytes) | _loading(n, seed)
+    with tempfile.TemporaryDirectory() as folder: found = _reading(Path(folder), gigabytes) | _loading(Path(folder), n, seed)
     print('\n'.join(f'{k:25} {v:12.4g}' for k, v in found.items()))
     if out: write_json(out, dict(settings=dict(gigabytes=gigabytes, n=n, seed=seed), found=found, threads=torch.get_num_threads(), torch=torch.__version__))
     return found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_epochs', 'seconds_per_epoch', 'telling_cases', 'Job', 'train_network', 'explain_cases', 'run_job']
 
-# %% ../nbs/56_job.ipynb #45cf1dc1
-import copy, itertools, json, platform, resource, shlex, sys, time
+# %% ../nbs/56_job.ipynb #d824af79
+import copy, itertools, json, platform, shlex, sys, time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -335,15 +335,19 @@ def _elsewhere(job, learn, say):
     print(f"      survey b, balanced accuracy {second['before']['balanced_accuracy']:.3f} before, {second['after']['balanced_accuracy']:.3f} after")
     return fresh, second
 
-# %% ../nbs/56_job.ipynb #c3111933
+# %% ../nbs/56_job.ipynb #1d95597f
 def _results(job, learn, scores, fresh, second, facts):
     names = ['training_loss', 'held_out_loss', *learn.recorder.metric_names[3:-1]]
     return dict(job=job, held_out=scores['metrics'], classes=json.loads(scores['table'].to_json(orient='index')), fresh=fresh, second=second,
                 epochs=[dict(zip(names, e)) for e in scores['curves']], made=facts)
 
 def _costs(start):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30)
-    return dict(seconds=round(time.perf_counter() - start, 1), peak_memory_GiB=round(peak, 2), machine=_machine())
+    return dict(seconds=round(time.perf_counter() - start, 1), peak_memory_GiB=_peak_memory(), machine=_machine())
+
+def _peak_memory():
+    try: import resource
+    except ImportError: return None          # Windows keeps no such account
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30), 2)
 
 # %% ../nbs/56_job.ipynb #4aab6d22
 def run_job(

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 from ..core import short_name
 from .stretch import bands_to_rgb
 
-# %% ../../nbs/12_data.tensor.ipynb #45d0af5f
+# %% ../../nbs/12_data.tensor.ipynb #8aa9b895
 class TensorGalaxy(TensorImage):
     "A cut-out of a galaxy, `C x H x W`, or a batch of them, `B x C x H x W`"
     @classmethod
@@ -35,7 +35,7 @@ class TensorGalaxy(TensorImage):
     ):
         "Draw the three bands as colours; other numbers of bands as the grey of their mean"
         img = self.as_subclass(torch.Tensor).float()
-        if self.dtype == torch.uint8: img = img/255
+        if not self.dtype.is_floating_point: img = img/255      # fastai decodes pictures to int64
         if len(img) != 3: img = img.mean(0, keepdim=True)
         return show_image(img.clamp(0, 1), ctx=ctx, **({'cmap': 'gray'} | kwargs))
 
