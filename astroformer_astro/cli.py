@@ -57,18 +57,18 @@ def _none_predicted(bad, table, out):
     todo = 'say with --images in which folder the files are' if gone else 'give pictures of galaxies'
     return f'none of the {counted(len(bad), "row")} of {table} could be classified (row {bad.index[0]}: {bad.iloc[0]}); {todo}; the column problem of {out} lists every reason.'
 
-# %% ../nbs/60_cli.ipynb #e1144444
+# %% ../nbs/60_cli.ipynb #5992d370
 def explain(
     weights:str, # Weights as written by `train`
-    image:str, # JPEG or PNG file of a galaxy
+    image:str, # File of a galaxy: a picture, or FITS if the network was trained on it; files of one band each with commas between them
     out:str='explanation.png', # Picture to write, of the kind that its name ends in: png, jpg, pdf, svg
     target:str=None, # Class to explain; the predicted one by default
     baseline:str='sky', # What the galaxy is compared with: `sky`, `black` or `blur`
 ):
     "Draw why a galaxy is classified as it is"
-    kind = _picture_kind(out)
+    kind, item = _picture_kind(out), image.split(',') if ',' in image else image
     explainer = Explainer(load_astroformer_learner(weights))
-    fig = plot_explanation(explainer.attribute(image, target=target, baseline=baseline), explainer.attention(image))
+    fig = plot_explanation(explainer.attribute(item, target=target, baseline=baseline), explainer.attention(item))
     with atomic_path(out) as tmp, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph .* missing from font')
         fig.savefig(tmp, format=kind, dpi=150)
@@ -89,13 +89,15 @@ def cite():
 
 def train(**settings): run_job(Job(**settings))
 
-# %% ../nbs/60_cli.ipynb #e384efb4
+# %% ../nbs/60_cli.ipynb #b33acf8a
 def inspect(
     path:str, # HDF5 file in the Galaxy10 layout, or FITS file
 ):
     "Say what is in a file of galaxies"
     if is_fits(path): return print(read_fits(path).summary())
-    with open_hdf5(path) as f: print(check_layout(f))
+    try:
+        with open_hdf5(path) as f: print(check_layout(f))
+    except GalaxyDataError as e: raise GalaxyDataError(f'{e} (inspect looks into HDF5 and FITS files; tables and pictures are read by train.)' if Path(path).suffix.lower() not in ('.h5', '.hdf5', '.he5') else str(e)) from None
 
 def repack_file(
     path:str, # HDF5 file in the Galaxy10 layout

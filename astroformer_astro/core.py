@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['galaxy10_classes', 'galaxy10_counts', 'short_name', 'GalaxyDataError', 'seed_everything', 'require', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #7b86e7ed
+# %% ../nbs/00_core.ipynb #816ee04b
 import errno, importlib, os, platform, random, re
 from contextlib import contextmanager
+from dataclasses import fields
 from glob import escape
 from pathlib import Path
 from threading import get_ident
@@ -32,7 +33,14 @@ def short_name(
 class GalaxyDataError(ValueError):
     "The user's input cannot be used; the message says what was found, what was expected and what to do"
 
-# %% ../nbs/00_core.ipynb #49a101dc
+# %% ../nbs/00_core.ipynb #71026a41
+def from_settings(cls, settings, what):
+    "An instance of a dataclass; settings that it does not have raise `GalaxyDataError`"
+    known = [f.name for f in fields(cls)]
+    if odd := [k for k in settings if k not in known]: raise GalaxyDataError(f"A {what} has no setting {odd[0]!r}; it has {', '.join(known)}.")
+    return cls(**settings)
+
+# %% ../nbs/00_core.ipynb #badd1f8a
 def seed_everything(
     seed:int, # Any integer
 ):
@@ -42,7 +50,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #acca9d25
+# %% ../nbs/00_core.ipynb #ef03553d
 def require(
     module:str, # Importable name, e.g. `captum.attr`
     extra:str,  # The extra of this package that installs it
@@ -52,7 +60,7 @@ def require(
     except ImportError as e:
         raise ImportError(f"{module} is needed for this; install it with: pip install 'astroformer_astro[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #aeb9d782
+# %% ../nbs/00_core.ipynb #6b474609
 @contextmanager
 def atomic_path(
     path, # Final name of the file

@@ -105,16 +105,24 @@ def add_noise(
     if gain is not None: variance = variance + x.clamp_min(0)/gain
     return x + variance.sqrt()*torch.randn_like(x)
 
-# %% ../../nbs/14_data.augment.ipynb #fdb7d951
+# %% ../../nbs/14_data.augment.ipynb #a7de90e0
 class GalaxyTransform(DisplayedTransform):
     "A change of training batches, `B x C x H x W`, that acts on a share `p` of the galaxies"
     split_idx, p, pxscale = 0, 1., None
+    in_arcsec = False              # whether the pixel scale is needed
     flux, mask = True, False       # what the loaders know of their galaxies: flux or pictures, and whether the last band marks missing pixels
     def encodes(self, x:TensorGalaxy):
         chosen, scale, y = _chosen(x, self.p), getattr(x, 'pxscale', None), x.as_subclass(torch.Tensor).clone()
         bands = y[:, :-1] if self.mask else y
         if len(chosen): bands[chosen] = self.change(bands[chosen], None if scale is None else scale.to(x.device)[chosen])
         return _galaxy(y, scale)
+
+    def know(self, galaxies): # A `GalaxySet`
+        "Learn what galaxies will come; raises `GalaxyDataError` where they lack a pixel scale that is needed"
+        self.flux, self.mask = galaxies.stretch is not None, galaxies.bands[-1:] == ('mask',)
+        unknown = galaxies.catalog.pxscale.isna() if 'pxscale' in galaxies.catalog else np.ones(len(galaxies), bool)
+        if self.in_arcsec and self.pxscale is None and unknown.any():
+            raise GalaxyDataError(f'{type(self).__name__} works in arcsec and the pixel scale of {unknown.sum()} galaxies is not known (row {np.argmax(unknown)} is the first); give the catalogue a column pxscale, or pxscale= to {type(self).__name__}.')
 
     def arcsec(self, x, scale): # arcsec/px, `B`
         if self.pxscale is not None: scale = torch.full((len(x),), self.pxscale, device=x.device)
@@ -133,7 +141,7 @@ def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
 def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
     return 2*torch.rand(len(x), *shape, device=x.device) - 1
 
-# %% ../../nbs/14_data.augment.ipynb #3b23ba43
+# %% ../../nbs/14_data.augment.ipynb #29af7751
 class GalaxyAugment(GalaxyTransform):
     "A random orientation for every galaxy; for a share `p` also any angle, a shift, a zoom and a larger redshift, in one resampling"
     order = 20
@@ -148,6 +156,7 @@ class GalaxyAugment(GalaxyTransform):
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
         self.p, self.angle, self.shift, self.zoom, self.jitter, self.redshift, self.seeing, self.pxscale = p, angle, shift, zoom, jitter, redshift, seeing, pxscale
+        self.in_arcsec = jitter is not None or bool(seeing)
         if redshift: self.distances = torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, 65))), dtype=torch.float32)
 
     def encodes(self, x:TensorGalaxy):
@@ -174,10 +183,10 @@ class GalaxyAugment(GalaxyTransform):
         fainter = level + (blur(x, torch.sqrt((seeing**2 + 1.2**2)*(1/size**2 - 1))) - level)*light.view(-1, 1, 1, 1)
         return fainter, size, (level, noise, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt())
 
-# %% ../../nbs/14_data.augment.ipynb #0827dcea
+# %% ../../nbs/14_data.augment.ipynb #bb67b7ff
 class Seeing(GalaxyTransform):
     "Broaden the PSF: convolve with a Gaussian of up to `fwhm` arcsec"
-    order = 30
+    order, in_arcsec = 30, True
     def __init__(self,
         fwhm:float, # Largest FWHM of the Gaussian, arcsec; seeing of 1.2 becomes 2 under one of 1.6, as widths add in quadrature
         p:float=.5, # Share of galaxies
@@ -209,7 +218,7 @@ class SkyLevel(GalaxyTransform):
         turn, steep = math.pi*_uniform(x, 1, 1, 1), self.gradient*_uniform(x, x.shape[1], 1, 1)
         return x + self.level*_uniform(x, x.shape[1], 1, 1) + steep*(turn.sin()*down[:,None] + turn.cos()*across)
 
-# %% ../../nbs/14_data.augment.ipynb #ec3541fe
+# %% ../../nbs/14_data.augment.ipynb #4b96f878
 class SkyNoise(GalaxyTransform):
     "Noise of a shallower exposure: up to `sigma`, or down to a `depth`, and the Poisson noise of the galaxy's light"
     order = 60
@@ -225,6 +234,7 @@ class SkyNoise(GalaxyTransform):
         if (sigma is None) == (depth is None): raise GalaxyDataError('noise is given either as sigma, in the unit of the image, or as a depth in magnitudes.')
         if depth is not None and depth >= now: raise GalaxyDataError(f'images of depth {now} cannot be made as deep as {depth}; give a brighter magnitude.')
         self.sigma, self.depth, self.now, self.fwhm, self.gain, self.p, self.pxscale = sigma, depth, now, fwhm, gain, p, pxscale
+        self.in_arcsec = depth is not None
 
     def most(self, x, scale): # Largest noise to add, `B`
         if self.depth is None: return torch.full((len(x),), self.sigma, device=x.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'split_rows', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #361d2e74
+# %% ../../nbs/15_data.block.ipynb #0517bcd5
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import read_hdf5
 from .images import GalaxySet, PictureReader, read_catalog, to_cutout
 from PIL import Image
-from .sky import row_splitter, sky_groups, position_columns, split_galaxies
+from .sky import duplicates, row_splitter, sky_groups, position_columns, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, band_statistics, collate
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -28,7 +28,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import TensorCategory
 
-# %% ../../nbs/15_data.block.ipynb #fa92639d
+# %% ../../nbs/15_data.block.ipynb #ad9890d9
 class CutoutReader:
     "From an item to its `TensorGalaxy`, `C x H x W`, with its pixel scale where that is known"
     def __init__(self,
@@ -40,10 +40,10 @@ class CutoutReader:
         self.reader = galaxies.reader or PictureReader(galaxies.images.shape[1])
 
     def __call__(self,
-        item, # Row number, path, catalogue row, PIL image or array `H x W x C`
+        item, # Row number, path (of FITS also several, or `{band: path}`), catalogue row, PIL image or array `H x W x C`
     ):
         if isinstance(item, (int, np.integer)): return TensorGalaxy.create(self.images[item], None if self.pxscale is None else self.pxscale[item])
-        if isinstance(item, (str, Path, pd.Series)): return TensorGalaxy.create(self.reader(item))
+        if isinstance(item, (str, Path, pd.Series)) or isinstance(item, (list, tuple, dict)) and isinstance(self.reader, FitsReader): return TensorGalaxy.create(self.reader(item))
         return TensorGalaxy.create(self._array(item))
 
     def _array(self, item):
@@ -116,7 +116,7 @@ def _rows(rows, name, n):
     if not len(rows) or rows[0] < 0 or rows[-1] >= n: raise GalaxyDataError(f'{name} must name rows from 0 to {n-1}' + (f'; it holds {rows[0]} to {rows[-1]}.' if len(rows) else '; it is empty.'))
     return rows
 
-# %% ../../nbs/15_data.block.ipynb #71360be7
+# %% ../../nbs/15_data.block.ipynb #eab3b21a
 class _GalaxyLoaders(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
     @classmethod
@@ -139,6 +139,7 @@ class _GalaxyLoaders(DataLoaders):
         groups = sky_groups(*position, separation) if position else None
         train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
+        _tell_conflicts(galaxies.catalog, position)
         stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=row_splitter(train, valid),
                            get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
@@ -164,12 +165,16 @@ class _GalaxyLoaders(DataLoaders):
         print(f"{len(self.train_ds)} to train on, {len(self.valid_ds)} to validate on" + self._sky_said())
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
-# %% ../../nbs/15_data.block.ipynb #82f93433
+# %% ../../nbs/15_data.block.ipynb #4e2385fe
+def _tell_conflicts(catalog, position):
+    if position and (n := int(duplicates(*position, labels=catalog.label).conflict.sum())):
+        warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
+
 def _made(augment, galaxies):
     "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
     made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
     for t in made:
-        if isinstance(t, GalaxyTransform): t.flux, t.mask = galaxies.stretch is not None, galaxies.bands[-1:] == ('mask',)
+        if isinstance(t, GalaxyTransform): t.know(galaxies)
     return made
 
 # %% ../../nbs/15_data.block.ipynb #bfa6bc98
@@ -209,7 +214,7 @@ class _CardLoaders(_GalaxyLoaders):
         if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/15_data.block.ipynb #2c807958
+# %% ../../nbs/15_data.block.ipynb #04d4c91d
 class GalaxyDataLoaders(_CardLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.stats`, `.size`, `.source`"
     @classmethod
@@ -259,5 +264,5 @@ class GalaxyDataLoaders(_CardLoaders):
         **kwargs
     ):
         "From a table of FITS files, in flux to the end; raises `GalaxyDataError` naming the rows that cannot be used"
-        reader = FitsReader(size=size, bands=bands, pxscale=pxscale, **settings or {})
+        reader = FitsReader.from_dict(dict(size=size, bands=bands, pxscale=pxscale) | (settings or {}))
         return cls.from_galaxies(read_fits_catalog(table, images, x, y, reader, centre=centre, bad=bad, progress=progress, classes=classes, stretch=stretch), y=y, **kwargs)

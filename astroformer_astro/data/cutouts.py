@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['viewer_url', 'iau_name', 'fetch_cutouts']
 
-# %% ../../nbs/16_data.cutouts.ipynb #d17ed0d0
+# %% ../../nbs/16_data.cutouts.ipynb #fcd8785d
 import hashlib, os, re, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from random import Random
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np, pandas as pd
 from astropy import units as u
 from astropy.coordinates import Angle, Latitude, Longitude
 from astropy.io import fits
-from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 from ..core import GalaxyDataError, atomic_path, require
@@ -156,9 +155,9 @@ class _Store:
         path = self.paths[ask.key] = self.folder/f'{ask.key}-{hashlib.sha256(body).hexdigest()[:32]}.{ask.format}'
         with atomic_path(path) as tmp: tmp.write_bytes(body)
 
-# %% ../../nbs/16_data.cutouts.ipynb #5baa19fb
-class _Service:
-    "A polite visitor of an image service"
+# %% ../../nbs/16_data.cutouts.ipynb #a8464dd3
+class _Visitor:
+    "The manners of a polite visitor of an image service: how often, how long, how much"
     def __init__(self,
         rate:float=1., # Requests a second, at most
         tries:int=5, # For one cut-out
@@ -170,61 +169,61 @@ class _Service:
         if min(rate, tries, give_up, timeout) <= 0: raise GalaxyDataError(f'rate is {rate}, tries {tries}, give_up {give_up} and timeout {timeout}; give numbers above 0.')
         requests, urllib3 = require('requests', 'download'), require('urllib3', 'download')
         self.gap, self.tries, self.pause, self.timeout, self.give_up, self.max_bytes = 1/rate, tries, pause, timeout, give_up, max_bytes
+        self.heard, self.unreached = False, urllib3.exceptions.NewConnectionError
         self.late, self.broken = (requests.Timeout, urllib3.exceptions.TimeoutError), (requests.RequestException, urllib3.exceptions.HTTPError)
         self.session, self.retry, self.turn, self.asked = requests.Session(), urllib3.Retry(), time.monotonic(), 0
         self.session.headers.update({'User-Agent': f"astroformer_astro/{version('astroformer_astro')}", 'Accept-Encoding': 'identity'})
 
-# %% ../../nbs/16_data.cutouts.ipynb #a23ff4c1
-@patch
-def wait(self:_Service, after, doubled, rng):
-    "Put the next request off, s; raises `_Closed` where the service wants more than ten minutes"
-    try: asked = self.retry.parse_retry_after(after) if after else 0
-    except Exception: asked = 0
-    if asked > 600: raise _Closed(f'it asks to come back in {asked/60:.0f} minutes')
-    own = min(self.pause*2**doubled, 60)*rng.uniform(.5, 1.5)
-    self.turn = max(self.turn, time.monotonic() + max(asked, own))
+    def wait(self, after, doubled, rng):
+        "Put the next request off, s; raises `_Closed` where the service wants more than ten minutes"
+        try: asked = self.retry.parse_retry_after(after) if after else 0
+        except Exception: asked = 0
+        if asked > 600: raise _Closed(f'it asks to come back in {asked/60:.0f} minutes')
+        own = min(self.pause*2**doubled, 60)*rng.uniform(.5, 1.5)
+        self.turn = max(self.turn, time.monotonic() + max(asked, own))
 
-# %% ../../nbs/16_data.cutouts.ipynb #cb287bfc
-@patch
-def read(self:_Service, answer, ask):
-    "The body of an answer, and never more of it than was to be expected"
-    body, most, end = bytearray(), self.max_bytes or ask.weight, time.monotonic() + 10*self.timeout
-    while chunk := answer.raw.read1(2**18, decode_content=True):
-        body += chunk
-        if len(body) > most: raise _Refusal(f'the answer is larger than {most} bytes; max_bytes allows for more')
-        if time.monotonic() > end: raise _Later(f'the answer was not complete after {10*self.timeout:g} s')
-    return bytes(body)
+# %% ../../nbs/16_data.cutouts.ipynb #7d003b0f
+class _Service(_Visitor):
+    "An image service as a polite visitor knows it"
+    def read(self, answer, ask):
+        "The body of an answer, and never more of it than was to be expected"
+        body, most, end = bytearray(), self.max_bytes or ask.weight, time.monotonic() + 10*self.timeout
+        while chunk := answer.raw.read1(2**18, decode_content=True):
+            body += chunk
+            if len(body) > most: raise _Refusal(f'the answer is larger than {most} bytes; max_bytes allows for more')
+            if time.monotonic() > end: raise _Later(f'the answer was not complete after {10*self.timeout:g} s')
+        return bytes(body)
 
-@patch
-def ask_once(self:_Service, ask):
-    "A sound answer; raises `_Later` where another try may help, `_Refusal` where it will not"
-    time.sleep(max(0, self.turn - time.monotonic()))
-    self.turn, self.asked = time.monotonic() + self.gap, self.asked + 1
-    try:
-        with self.session.get(ask.url, stream=True, timeout=self.timeout) as answer: body = self.read(answer, ask)
-    except self.late: raise _Later(f'no answer within {self.timeout:g} s') from None
-    except self.broken: raise _Later('the connection failed') from None
-    status = answer.status_code
-    if status != 200 and 'no overlap' not in _words(body).lower():
-        problem = (_Later if status in (408, 425, 429) or status >= 500 else _Refusal)(f'HTTP {status}' + (f': {_words(body)}' if status < 500 else ''))
-        problem.after = answer.headers.get('Retry-After')
-        raise problem
-    _missing(body, ask)
-    return body
+    def ask_once(self, ask):
+        "A sound answer; raises `_Later` where another try may help, `_Refusal` where it will not"
+        time.sleep(max(0, self.turn - time.monotonic()))
+        self.turn, self.asked = time.monotonic() + self.gap, self.asked + 1
+        try:
+            with self.session.get(ask.url, stream=True, timeout=self.timeout) as answer: body = self.read(answer, ask)
+        except self.late: raise _Later(f'no answer within {self.timeout:g} s') from None
+        except self.broken as e:
+            if not self.heard and isinstance(getattr(e.args[0] if e.args else None, 'reason', None), self.unreached): raise _Closed(f'there is no connection to {urlsplit(ask.url).netloc}') from None
+            raise _Later('the connection failed') from None
+        self.heard = True
+        status = answer.status_code
+        if status != 200 and 'no overlap' not in _words(body).lower():
+            problem = (_Later if status in (408, 425, 429) or status >= 500 else _Refusal)(f'HTTP {status}' + (f': {_words(body)}' if status < 500 else ''))
+            problem.after = answer.headers.get('Retry-After')
+            raise problem
+        _missing(body, ask)
+        return body
 
-# %% ../../nbs/16_data.cutouts.ipynb #b124daee
-@patch
-def answer(self:_Service, ask):
-    "A sound answer, after several tries where need be; raises `_Refusal` where there is none to be had"
-    rng = Random(ask.key)
-    for k in range(self.tries):
-        try: return self.ask_once(ask)
-        except _Later as e:
-            problem = e
-            self.wait(e.after, k, rng)
-    raise _Refusal(f'{problem} (the last of {self.tries} tries)')
+    def answer(self, ask):
+        "A sound answer, after several tries where need be; raises `_Refusal` where there is none to be had"
+        rng = Random(ask.key)
+        for k in range(self.tries):
+            try: return self.ask_once(ask)
+            except _Later as e:
+                problem = e
+                self.wait(e.after, k, rng)
+        raise _Refusal(f'{problem} (the last of {self.tries} tries)')
 
-# %% ../../nbs/16_data.cutouts.ipynb #d938128b
+# %% ../../nbs/16_data.cutouts.ipynb #2c27d1de
 def _numbers(values, what, low, high, unit, source):
     "Floats between `low` and `high`; raises `GalaxyDataError` with the first row that has none"
     x = pd.to_numeric(pd.Series(values), errors='coerce').to_numpy(float, na_value=np.nan)
@@ -243,7 +242,7 @@ def _file_names(df, name, ra, dec, source):
             raise GalaxyDataError(f"rows {j} and {i} of {source} are both called {names[i]!r}, and their files would be the same; drop one, or give with name a column that tells them apart.")
     return names, files
 
-# %% ../../nbs/16_data.cutouts.ipynb #d4b5d763
+# %% ../../nbs/16_data.cutouts.ipynb #63c9e8b4
 def _given(df, source, name, ra, dec, pxscale):
     "What each object is called, where it is and at which scale it is wanted"
     if not len(df): raise GalaxyDataError(f'{source} has no rows; give at least one object.')
@@ -254,7 +253,7 @@ def _given(df, source, name, ra, dec, pxscale):
     names, stems = _file_names(df, name, x, y, source)
     return pd.DataFrame(dict(row=range(len(df)), name=names, ra=x, dec=y, pxscale=[float(f'{s:.6g}') for s in scale], stem=stems))
 
-# %% ../../nbs/16_data.cutouts.ipynb #b2d0d773
+# %% ../../nbs/16_data.cutouts.ipynb #a0145172
 def _check_request(size, bands, format, provider, base_url):
     def check(good, found, wanted):
         if not good: raise GalaxyDataError(f'{found}; give {wanted}.')
@@ -264,7 +263,7 @@ def _check_request(size, bands, format, provider, base_url):
     check(isinstance(bands, str) and bands and len(set(bands)) == len(bands), f'bands is {bands!r}', "a letter for each band, such as 'grz'")
     check(base_url is None or base_url.startswith(('http://', 'https://')), f'base_url is {base_url!r}', 'an address that begins with http:// or https://')
 
-# %% ../../nbs/16_data.cutouts.ipynb #4d50e7d8
+# %% ../../nbs/16_data.cutouts.ipynb #247765c6
 def _fetch(asks, store, service):
     "Sound answers to the requests of one object, from the disk or from the service"
     for ask in asks:
@@ -287,7 +286,7 @@ def _one(path, asks, store, service):
     return dict(file=path.name, status='partial' if lost else 'ok', problem=f'no data in {lost}' if lost else None, missing=lost,
                 sha256=hashlib.sha256(body).hexdigest(), bytes=len(body))
 
-# %% ../../nbs/16_data.cutouts.ipynb #5cbf5e7f
+# %% ../../nbs/16_data.cutouts.ipynb #2fbf90f9
 def _all(jobs, store, service, progress):
     "What the manifest says of every object, and why the service was given up, if it was"
     results, failed, known, stop = [], 0, None, None
@@ -308,7 +307,7 @@ def _alive(known, service):
     try: return known is not None and bool(service.answer(known))
     except (_Refusal, _Closed): return False
 
-# %% ../../nbs/16_data.cutouts.ipynb #2680a948
+# %% ../../nbs/16_data.cutouts.ipynb #f9e3c855
 _columns = ['row', 'name', 'ra', 'dec', 'file', 'status', 'problem', 'missing', 'sha256', 'bytes', 'provider', 'url', 'layer', 'pxscale', 'size', 'bands']
 
 def _manifest(df, used, ours):
@@ -324,7 +323,7 @@ def _told(manifest, asked):
     if len(bad): text += f" (row {bad.row.iloc[0]}: {bad.problem.iloc[0]}" + (f'; and {len(bad)-1} more)' if len(bad) > 1 else ')')
     return f'{text}; {asked} requests were made'
 
-# %% ../../nbs/16_data.cutouts.ipynb #cd6e21d3
+# %% ../../nbs/16_data.cutouts.ipynb #4a328304
 @delegates(_Service)
 def fetch_cutouts(
     table, # A `DataFrame`, or the path of a CSV or Parquet file

@@ -6,7 +6,7 @@
 __all__ = ['FitsImage', 'align_bands', 'read_fits', 'fits_cutout', 'FitsReader', 'fits_paths', 'fits_columns', 'is_fits',
            'holds_fits', 'fit_stretch', 'read_fits_catalog']
 
-# %% ../../nbs/12_data.fits.ipynb #e68d4e92
+# %% ../../nbs/12_data.fits.ipynb #3b6cdf69
 import bz2, gzip, re, warnings
 from collections import ChainMap
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ from astropy.stats import sigma_clipped_stats
 from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
-from ..core import GalaxyDataError, require
-from .images import GalaxySet, _begins, bar, check_columns, read_table, class_names, open_catalog, pixel_store, unusable_rows
+from ..core import GalaxyDataError, from_settings, require
+from .images import GalaxySet, _begins, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_table, unusable_rows
 from .stretch import Stretch
 
 # %% ../../nbs/12_data.fits.ipynb #e4c12ff1
@@ -588,10 +588,10 @@ def _aim(image, size, ra, dec, pxscale):
     try: return *_pixel_at(image.wcs, (height, width), ra, dec), step
     except GalaxyDataError as e: raise GalaxyDataError(f'{image.source} {e}') from None
 
-# %% ../../nbs/12_data.fits.ipynb #2d57f40f
+# %% ../../nbs/12_data.fits.ipynb #2e6da85a
 @dataclass(frozen=True)
-class FitsReader:
-    "`H x W x bands`, float32, from FITS files; settings that make no sense raise `GalaxyDataError`"
+class _FitsSettings:
+    "How FITS files become cut-outs; settings that make no sense raise `GalaxyDataError`"
     size:int=64 # Side of the cut-outs, px
     bands:tuple=() # Bands, in order; those of the file, blue to red, by default
     pxscale:float=None # arcsec per pixel, as in `fits_cutout`
@@ -613,6 +613,20 @@ class FitsReader:
         if self.size < 1: raise GalaxyDataError(f'size is {self.size!r}; give a number of pixels.')
         if not (self.pxscale is None or self.pxscale > 0): raise GalaxyDataError(f'pxscale is {self.pxscale!r}; give arcsec per pixel.')
 
+    def to_dict(self): # Dict that JSON can hold
+        "The settings that differ from the defaults, and the size; the folder belongs to the machine and is left out"
+        return dict(size=self.size) | {f.name: list(v) if isinstance(v, tuple) else v for f in fields(self) if f.name != 'folder' and (v := getattr(self, f.name)) != f.default}
+
+    @classmethod
+    def from_dict(cls,
+        settings:dict, # As from `to_dict`
+    ): # `FitsReader`
+        "The reader with these settings; unknown ones raise `GalaxyDataError`"
+        return from_settings(cls, settings, 'reader')
+
+# %% ../../nbs/12_data.fits.ipynb #861d397d
+class FitsReader(_FitsSettings):
+    "`H x W x bands`, float32, from FITS files: a cut-out and the policy for what was not measured"
     def __call__(self,
         item, # Files as in `read_fits`, or a catalogue row
         ra=None, # Where the middle of the cut-out is to be, degrees; by default that of the image
@@ -636,6 +650,7 @@ class FitsReader:
         dec=None, # Declination, degrees
     )->FitsImage: # `bands x size x size`
         "The cut-out and what is known of it"
+        if paths is None or isinstance(paths, dict) and None in paths.values(): raise GalaxyDataError('no file is named')
         around = None
         if ra is not None and self.pxscale is not None: around = ra, dec, (1.2*self.size*self.pxscale + 4)*u.arcsec
         elif ra is not None and isinstance(paths, (str, Path)): around = ra, dec, self.size + 16
@@ -653,20 +668,7 @@ class FitsReader:
         mirrored = cutout.wcs is not None and np.linalg.det(cutout.wcs.celestial.pixel_scale_matrix) > 0
         return np.stack(bands, -1)[::-1, ::-1 if mirrored else 1].astype(np.float32)
 
-    def to_dict(self): # Dict that JSON can hold
-        "The settings that differ from the defaults, and the size; the folder belongs to the machine and is left out"
-        return dict(size=self.size) | {f.name: list(v) if isinstance(v, tuple) else v for f in fields(self) if f.name != 'folder' and (v := getattr(self, f.name)) != f.default}
-
-    @classmethod
-    def from_dict(cls,
-        settings:dict, # As from `to_dict`
-    ): # `FitsReader`
-        "The reader with these settings; unknown ones raise `GalaxyDataError`"
-        known = [f.name for f in fields(cls)]
-        if odd := [k for k in settings if k not in known]: raise GalaxyDataError(f"A reader has no setting {odd[0]!r}; it has {', '.join(known)}.")
-        return cls(**settings)
-
-# %% ../../nbs/12_data.fits.ipynb #a3adb9eb
+# %% ../../nbs/12_data.fits.ipynb #d01a6e61
 def fits_paths(
     df:pd.DataFrame, # A row a galaxy
     x, # Column with the file, `{band: column}`, or a pattern such as `'{name}_{band}.fits'`
@@ -676,8 +678,8 @@ def fits_paths(
     "Files of each galaxy, as `read_fits` takes them; raises `GalaxyDataError` for a column that is not there"
     images, bands = Path(images), _band_list(bands)
     check_columns(df, *(names := fits_columns(x)))
-    if isinstance(x, dict): return [{b: images/str(f) for b, f in zip(x, row)} for row in df[[*x.values()]].itertuples(index=False)]
-    if '{' not in x: return [images/str(f) for f in df[x]]
+    if isinstance(x, dict): return [dict(zip(x, file_paths(row, images))) for row in df[[*x.values()]].itertuples(index=False)]
+    if '{' not in x: return file_paths(df[x], images)
     rows = df[names].to_dict('records')
     if '{band' not in x: return [images/x.format(**row) for row in rows]
     if not bands: raise GalaxyDataError(f"The pattern {x!r} asks for a band; name the bands, such as bands='grz'.")
@@ -706,7 +708,7 @@ def holds_fits(
     names = [x] if '{' in x else read_table(table).get(x, pd.Series(dtype=str)).dropna().astype(str)[:1]
     return any(map(is_fits, names))
 
-# %% ../../nbs/12_data.fits.ipynb #285129e8
+# %% ../../nbs/12_data.fits.ipynb #3a34c8b8
 def _read_rows(reader, files, ra, dec, progress):
     "Pixels, the reader with bands and unit settled, what is known of each row, and `{row: problem}`"
     pixels, first, known, problems = None, None, [(np.nan,)*4]*len(files), {}
@@ -731,7 +733,7 @@ def _with_known(df, known):
 def _unlike(image, first):
     return f"{image.source} holds {' '.join(image.bands)} in {image.unit}, unlike row {first[0]}: {' '.join(first[1])} in {first[2]}"
 
-# %% ../../nbs/12_data.fits.ipynb #a55f035a
+# %% ../../nbs/12_data.fits.ipynb #b12da7fd
 def fit_stretch(
     stretch:Stretch, # As in `Stretch.fit`
     images, # `N x H x W x bands`
@@ -744,7 +746,7 @@ def fit_stretch(
     stretch = stretch.fit(images[..., :-1], rows)
     return replace(stretch, low=(*stretch.low, 0), high=(*stretch.high, 1))
 
-# %% ../../nbs/12_data.fits.ipynb #55b0c119
+# %% ../../nbs/12_data.fits.ipynb #f578fa7b
 def read_fits_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -762,6 +764,7 @@ def read_fits_catalog(
 )->GalaxySet: # Its `reader` reads new files as these were
     "A survey from a table of FITS files; raises `GalaxyDataError` naming the rows that cannot be used"
     df, name, images = open_catalog(table, images, bad, *fits_columns(x), y, *[ra, dec]*centre)
+    if stretch is not None and not isinstance(stretch, Stretch): raise GalaxyDataError(f'stretch is {stretch!r}; give a Stretch, such as Stretch({stretch!r}), or None to have one fitted.')
     reader = replace(reader or FitsReader.from_dict(settings), folder=str(images), x=x, centre=(ra, dec) if centre else ())
     where = (df[ra], df[dec]) if centre else ([None]*len(df),)*2
     pixels, settled, known, problems = _read_rows(reader, fits_paths(df, x, images, reader.bands), *where, progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileLayout', 'check_layout', 'MappedPixels', 'file_fingerprint', 'repack', 'read_hdf5', 'pack', 'pack_catalog']
 
-# %% ../../nbs/11_data.hdf5.ipynb #d9917d5d
+# %% ../../nbs/11_data.hdf5.ipynb #78d51e64
 import json, os, re, shutil, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
-from .images import GalaxySet, _side, bar, check_columns, class_names, open_catalog, pixel_store, read_image, to_cutout, unusable_rows
+from .images import GalaxySet, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_catalog
 
 # %% ../../nbs/11_data.hdf5.ipynb #a95748d8
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError
@@ -485,7 +485,7 @@ def _put_files(f, paths, size, progress):
         _put_pixels(f, (np.stack([*pool.map(load, range(i, min(i + step, len(paths))))]) for i in starts), (len(paths), size, size, 3), np.uint8)
     return problems
 
-# %% ../../nbs/11_data.hdf5.ipynb #3ed8058d
+# %% ../../nbs/11_data.hdf5.ipynb #b3cddbf5
 def pack_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     out, # HDF5 file to write
@@ -500,15 +500,11 @@ def pack_catalog(
     "What `pack(read_catalog(...))` writes, without all pixels in memory; raises `GalaxyDataError` naming the rows that cannot be used"
     df, name, images = open_catalog(table, images, bad, x, y)
     class_names(df[y].dropna(), classes, name)        # a class that is unknown is known before the files are decoded
-    paths = [images/str(p) for p in df[x]]
+    paths = file_paths(df[x], images)
     with atomic_path(out) as tmp:
         with _file(tmp) as f: problems = _put_files(f, paths, size, progress)
-        skipped = unusable_rows(df[y], problems, bad, name)
-        use = np.setdiff1d(np.arange(len(df)), skipped.row)
-        paths, df = [paths[i] for i in use], df.iloc[use].reset_index(drop=True)
+        use, skipped, df, classes = usable_catalog(df, y, paths, problems, size, bad, classes, name)
         with _file(tmp, 'w' if len(skipped) else 'a') as f:
-            if len(skipped): unusable_rows(df[y], _put_files(f, paths, size, progress), 'raise', name)
-            if 'pxscale' in df: df['pxscale'] *= [_side(p)/size for p in paths]
-            labels, classes = class_names(df[y], classes, name)
-            _put_table(f, df.assign(label=labels), classes, skipped=skipped)
+            if len(skipped): unusable_rows(df.label, _put_files(f, [paths[i] for i in use], size, progress), 'raise', name)
+            _put_table(f, df, classes, skipped=skipped)
     return Path(out)

@@ -30,15 +30,16 @@ def to_cutout(
     img = img.convert('RGB').crop((left, top, left + side, top + side))
     return np.asarray(img if side == size else img.resize((size, size), Image.Resampling.LANCZOS))
 
-# %% ../../nbs/10_data.images.ipynb #5e24e833
+# %% ../../nbs/10_data.images.ipynb #f4a3405b
 def read_image(
     path, # JPEG, PNG or any other file Pillow reads
     size:int, # Side of the result, px
 )->np.ndarray: # `size x size x 3`, uint8
     "Cut-out from an image file; raises `GalaxyDataError` for a file that is missing, broken, no image, or blank"
+    if path is None: raise GalaxyDataError('no file is named')
     try:
         with Image.open(path) as img: cutout, text = to_cutout(img, size), _is_text(img)
-    except GalaxyDataError as e: raise GalaxyDataError(f'{path}: {e}') from None
+    except GalaxyDataError as e: raise GalaxyDataError(f'{path} is a FITS file; read it with from_fits' if _begins(path).endswith("b'SIMPLE  =   '") else f'{path}: {e}') from None
     except FileNotFoundError: raise GalaxyDataError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise GalaxyDataError(f'{path} is not an image: {_begins(path)}') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise GalaxyDataError(f'{path} cannot be read ({e})') from None
@@ -55,7 +56,7 @@ def _begins(path):
     if not start: return 'the file is empty'
     return 'it is a web page' if start.lower().startswith((b'<!doctype', b'<html')) else f'it begins with {start[:12]!r}'
 
-# %% ../../nbs/10_data.images.ipynb #e995ada3
+# %% ../../nbs/10_data.images.ipynb #6b5316c9
 @dataclass
 class GalaxySet:
     "Cut-outs of one size and a catalogue row for each"
@@ -83,6 +84,9 @@ class GalaxySet:
         n, bands = self.catalog.label.value_counts(), f" in {' '.join(self.bands)}" if self.bands else ''
         lines = [f'{len(self)} galaxies of {self.images.shape[1]} px{bands} from {self.source}',
                  '  ' + ', '.join(f'{c} {n.get(c, 0)}' for c in self.classes)]
+        if 'pxscale' in self.catalog: lines.append(f'  {self.catalog.pxscale.min():.3g} to {self.catalog.pxscale.max():.3g} arcsec/px' + f', {int(self.catalog.pxscale.isna().sum())} unknown'*bool(self.catalog.pxscale.isna().any()))
+        if (unit := getattr(self.reader, 'unit', None)): lines.append(f'  flux in {unit}')
+        if 'masked' in self.catalog and (n := int((self.catalog.masked > .05).sum())): lines.append(f'  {n} with more than 5 % of their pixels not measured, at most {self.catalog.masked.max():.1%}')
         if 'redshift' in self.catalog: lines.append(f'  {int(self.catalog.redshift.isna().sum())} without a redshift')
         if len(self.skipped): lines.append(f"  {len(self.skipped)} row{'s'*(len(self.skipped) > 1)} left out: {_named(self.skipped)}")
         return '\n'.join(lines)
@@ -177,7 +181,7 @@ def open_catalog(
     check_columns(df, *columns, source=name)
     return df, name, Path(images if images is not None else '.' if given else Path(table).parent)
 
-# %% ../../nbs/10_data.images.ipynb #b71d1744
+# %% ../../nbs/10_data.images.ipynb #0132593d
 def unusable_rows(
     labels:pd.Series, # Class of each row
     problems:dict, # `{row: problem}` found in the files
@@ -187,26 +191,39 @@ def unusable_rows(
     "Rows without a usable file or label; raises `GalaxyDataError` naming them where they may not be skipped, or where none is left"
     problems = problems | {i: 'no label' for i in np.flatnonzero(labels.isna()).tolist() if i not in problems}
     skipped = pd.DataFrame(sorted(problems.items()), columns=['row', 'problem'])
-    if len(skipped) and (bad == 'raise' or len(skipped) == len(labels)):
-        rest = ' or leave them out (bad=skip).' if len(skipped) < len(labels) else ' nothing is left to train on.'
-        raise GalaxyDataError(f'{len(skipped)} of {len(labels)} rows of {name} cannot be used ({_named(skipped)}); mend them,{rest}')
-    return skipped
+    if not len(skipped) or (bad == 'skip' and len(skipped) < len(labels)): return skipped
+    todo = 'mend them, or leave them out (bad=skip)' if len(skipped) < len(labels) else 'mend them, nothing is left to train on'
+    if skipped.problem.str.endswith('does not exist').all() and len(skipped) == len(labels): todo = 'say in which folder the files are (images)'
+    raise GalaxyDataError(f'{len(skipped)} of {len(labels)} rows of {name} cannot be used ({_named(skipped)}); {todo}.')
 
-# %% ../../nbs/10_data.images.ipynb #7fe875ab
+# %% ../../nbs/10_data.images.ipynb #34dfca2a
 def class_names(
     labels:pd.Series, # Class of each row, no gaps
     classes=None, # Names in the order wanted; those found, sorted, by default
     name:str='the catalogue', # How messages call the catalogue
 )->tuple: # Labels as text, and the class names
     "Labels and vocabulary; raises `GalaxyDataError` for a label outside of `classes`"
-    labels = labels.convert_dtypes()           # 1, 2 and a gap are whole numbers again once the gap is gone
+    labels = labels.map(lambda c: c.strip() if isinstance(c, str) else c).convert_dtypes()           # 1, 2 and a gap are whole numbers again once the gap is gone
     found, labels = tuple(str(c) for c in sorted(labels.unique(), key=lambda c: (isinstance(c, str), c))), labels.astype(str)
     if classes is None: return labels, found
     classes = tuple(map(str, classes))
     if extra := sorted(set(found) - set(classes)): raise GalaxyDataError(f"{name} holds the class {extra[0]!r}, which is not among the classes given: {', '.join(classes)}.")
     return labels, classes
 
-# %% ../../nbs/10_data.images.ipynb #e87fa93e
+# %% ../../nbs/10_data.images.ipynb #04cd1954
+def file_paths(names, folder): # `None` where no file is named
+    return [None if pd.isna(f) else Path(folder)/str(f) for f in names]
+
+def usable_catalog(df, y, paths, problems, size, bad, classes, name):
+    "Rows to use, those left out, and of those to use the catalogue (with `label`, and `pxscale` of the cut-outs) and the class names"
+    skipped = unusable_rows(df[y], problems, bad, name)
+    use = np.setdiff1d(np.arange(len(df)), skipped.row)
+    df = df.iloc[use].reset_index(drop=True)
+    if 'pxscale' in df: df['pxscale'] = _arcsec(df.pxscale, name)*[_side(paths[i])/size for i in use]
+    labels, classes = class_names(df[y], classes, name)
+    return use, skipped, df.assign(label=labels), classes
+
+# %% ../../nbs/10_data.images.ipynb #7a6163a7
 def read_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -219,15 +236,17 @@ def read_catalog(
 )->GalaxySet:
     "A survey from a table of JPEG or PNG files; raises `GalaxyDataError` naming the rows that cannot be used"
     df, name, images = open_catalog(table, images, bad, x, y)
-    paths = [images/str(f) for f in df[x]]
+    paths = file_paths(df[x], images)
     pixels, problems = read_images(paths, size, progress)
-    skipped = unusable_rows(df[y], problems, bad, name)
-    use = np.setdiff1d(np.arange(len(df)), skipped.row)
-    df, pixels = df.iloc[use].reset_index(drop=True), pixels[use] if len(skipped) else pixels
-    if 'pxscale' in df: df['pxscale'] *= [_side(paths[i])/size for i in use]
-    labels, classes = class_names(df[y], classes, name)
-    return GalaxySet(pixels, df.assign(label=labels), classes, name, skipped, reader=PictureReader(size, images, x))
+    use, skipped, df, classes = usable_catalog(df, y, paths, problems, size, bad, classes, name)
+    return GalaxySet(pixels[use] if len(skipped) else pixels, df, classes, name, skipped, reader=PictureReader(size, images, x))
 
-# %% ../../nbs/10_data.images.ipynb #ddf66331
+# %% ../../nbs/10_data.images.ipynb #febf4195
+def _arcsec(values, name):
+    numbers = pd.to_numeric(values, errors='coerce')
+    wrong = values[(numbers.isna() & values.notna()) | (numbers <= 0)]
+    if len(wrong): raise GalaxyDataError(f'pxscale of {name} holds {wrong.iloc[0]!r}; expected arcsec per pixel, a number above 0.')
+    return numbers
+
 def _side(path):
     with Image.open(path) as img: return min(img.size)

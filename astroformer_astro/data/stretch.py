@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Stretch', 'bands_to_rgb', 'lupton_stretch']
 
-# %% ../../nbs/10_data.stretch.ipynb #27de3201
+# %% ../../nbs/10_data.stretch.ipynb #6955bf12
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import asinh, isfinite, log, sinh
 
 import numpy as np, torch
 from astropy.stats import sigma_clipped_stats
 from astropy.visualization import (AsinhStretch, AsymmetricPercentileInterval, LinearStretch, LogStretch, ManualInterval,
                                    SqrtStretch, ZScaleInterval)
-from ..core import GalaxyDataError
+from ..core import GalaxyDataError, from_settings
 
-# %% ../../nbs/10_data.stretch.ipynb #14fb60d8
+# %% ../../nbs/10_data.stretch.ipynb #66afcfd1
 @dataclass(frozen=True)
 class Stretch:
     "Flux of `bands x H x W`, or a batch of it, to 0..1; settings that make no sense raise `GalaxyDataError`"
@@ -64,10 +64,7 @@ class Stretch:
         settings:dict, # As from `to_dict`
     ): # `Stretch`
         "The stretch with these settings; unknown ones raise `GalaxyDataError`"
-        known = [f.name for f in fields(cls)]
-        odd = [k for k in settings if k not in known]
-        if odd: raise GalaxyDataError(f"A stretch has no setting {odd[0]!r}; it has {', '.join(known)}.")
-        return cls(**settings)
+        return from_settings(cls, settings, 'stretch')
 
 # %% ../../nbs/10_data.stretch.ipynb #14e67c04
 _curves = dict(asinh=AsinhStretch, log=LogStretch, sqrt=SqrtStretch, linear=LinearStretch, lupton=AsinhStretch)
