@@ -111,6 +111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'astroformer_astro/data/augment.py'),
                                                 'astroformer_astro.data.augment._galaxy': ( 'data.augment.html#_galaxy',
                                                                                             'astroformer_astro/data/augment.py'),
+                                                'astroformer_astro.data.augment._normal': ( 'data.augment.html#_normal',
+                                                                                            'astroformer_astro/data/augment.py'),
                                                 'astroformer_astro.data.augment._uniform': ( 'data.augment.html#_uniform',
                                                                                              'astroformer_astro/data/augment.py'),
                                                 'astroformer_astro.data.augment.add_noise': ( 'data.augment.html#add_noise',

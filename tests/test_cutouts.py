@@ -1,5 +1,5 @@
 """Cut-outs from a service that misbehaves: a web server on this computer does it all; no request leaves it."""
-import hashlib, multiprocessing, os, signal, socket, struct, threading
+import hashlib, multiprocessing, os, signal, socket, struct, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -379,3 +379,13 @@ def test_kill_9_leaves_no_trace(server, tmp_path, context):
         again(folder)
         assert tree(folder) == whole, (victim, k)
         assert len(server.asked) - asked == 4 - kept, (victim, k)
+
+
+def test_no_connection_is_said_at_once(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        closed = s.getsockname()[1]          # nobody listens there once it is given back
+    start = time.monotonic()
+    with pytest.raises(GalaxyDataError, match='there is no connection to 127.0.0.1'):
+        fetch_cutouts(pd.DataFrame(dict(ra=[150., 151.], dec=[2., 2.])), tmp_path, size=64, base_url=f'http://127.0.0.1:{closed}', rate=100, progress=False)
+    assert time.monotonic() - start < 5 and (pd.read_csv(tmp_path/'manifest.csv').status == 'failed').all()

@@ -37,7 +37,7 @@ def affine(
     m = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], 1)
     return torch.cat([m, -(m @ shift[:,:,None])], -1)
 
-# %% ../../nbs/14_data.augment.ipynb #1cc974d1
+# %% ../../nbs/14_data.augment.ipynb #259256da
 def border_sky(
     x, # `B x C x H x W`
 )->tuple: # Level and noise, each `B x C x 1 x 1`
@@ -45,6 +45,9 @@ def border_sky(
     edge = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1).as_subclass(torch.Tensor)
     level = edge.median(-1, keepdim=True)[0]
     return level[..., None], 1.4826*(edge - level).abs().median(-1, keepdim=True)[0][..., None]
+
+def _normal(x):
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device)      # randn_like follows the strides of x, and is slow where they are turned
 
 def resample(
     x, # `B x C x H x W`
@@ -56,7 +59,7 @@ def resample(
     y = F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
     if sky is None: return y
     (level, noise, more), inside = sky, (grid.abs() <= 1).all(-1)[:,None]
-    return torch.where(inside, y, level) + torch.where(inside, more, noise)*torch.randn_like(y)
+    return torch.where(inside, y, level) + torch.where(inside, more, noise)*_normal(y)
 
 # %% ../../nbs/14_data.augment.ipynb #95105248
 def blur(
@@ -86,7 +89,7 @@ def recede(
     near, far = (Planck18.angular_diameter_distance(v).value for v in (z, to))
     return near/far, ((1 + z)/(1 + to))**3
 
-# %% ../../nbs/14_data.augment.ipynb #da2ac53c
+# %% ../../nbs/14_data.augment.ipynb #2e5ba351
 def depth_to_sigma(
     depth, # AB magnitude of a star at five sigma
     fwhm, # PSF full width at half maximum, arcsec
@@ -103,7 +106,7 @@ def add_noise(
     "The galaxies seen through more noise than they have"
     variance = sigma.view(*sigma.shape, *[1]*(4 - sigma.ndim))**2
     if gain is not None: variance = variance + x.clamp_min(0)/gain
-    return x + variance.sqrt()*torch.randn_like(x)
+    return x + variance.sqrt()*_normal(x)
 
 # %% ../../nbs/14_data.augment.ipynb #a7de90e0
 class GalaxyTransform(DisplayedTransform):
