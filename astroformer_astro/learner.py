@@ -6,14 +6,14 @@
 __all__ = ['fine_tune_recipe', 'astroformer_splitter', 'class_weights', 'astroformer_learner', 'evaluate',
            'load_astroformer_learner']
 
-# %% ../nbs/32_learner.ipynb #c2ccca61
-import numpy as np, torch
+# %% ../nbs/32_learner.ipynb #cb141450
+import torch
 from torch import nn
 from .core import GalaxyDataError
 from .data.block import GalaxyDataLoaders
 from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, astroformer
-from .models.checkpoint import load_astroformer, load_pretrained, save_astroformer
+from .models.checkpoint import load_astroformer, load_pretrained
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientClip

@@ -6,7 +6,7 @@
 __all__ = ['FitsImage', 'align_bands', 'read_fits', 'fits_cutout', 'FitsReader', 'fits_paths', 'fits_columns', 'is_fits',
            'holds_fits', 'fit_stretch', 'read_fits_catalog']
 
-# %% ../../nbs/12_data.fits.ipynb #3b6cdf69
+# %% ../../nbs/12_data.fits.ipynb #d98f825e
 import bz2, gzip, re, warnings
 from collections import ChainMap
 from contextlib import contextmanager
@@ -28,45 +28,29 @@ from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
 from ..core import GalaxyDataError, from_settings, require
 from .images import GalaxySet, _begins, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_table, unusable_rows
-from .stretch import Stretch
+from .stretch import Stretch, blue_to_red, filter_pattern, microns, wavelength
 
-# %% ../../nbs/12_data.fits.ipynb #e4c12ff1
-_microns = dict(FUV=.153, NUV=.231, u=.355, U=.365, B=.445, g=.48, V=.551, r=.62, R=.658, VIS=.715, i=.76, I=.806, z=.9, y=.97, Y=1.02,
-                J=1.25, H=1.65, Ks=2.15, K=2.2, W1=3.4, W2=4.6, W3=12, W4=22)
-_space = re.compile(r'F(\d{3,4})(LP|[WMNX])2?$')
-
+# %% ../../nbs/12_data.fits.ipynb #a7ca7ecb
 def _band_of(word, hsc=False):
     "A band's usual name, or nothing"
-    if _space.match(word.upper()): return word.upper()
+    if filter_pattern.match(word.upper()): return word.upper()
     word = re.sub('^band(?=.$)|(?<=^.)band$', '', word)
     if word in ('G', 'Z') or hsc: word = word.lower() if word in 'GRIZY' else word
-    return word if word in _microns else ''
+    return word if word in microns else ''
 
 def _band_in(text, pick=0):
     words = re.split('[^A-Za-z0-9]+', text)
     found = [b for w in words if (b := _band_of(w, 'HSC' in words))]
     return found[pick] if found else ''
 
-# %% ../../nbs/12_data.fits.ipynb #ddae332e
-_jwst = set('F200W F210M F250M F277W F300M F335M F356W F360M F410M F430M F444W F460M F480M F560W F770W'.split())
-
-def _micron(band):
-    if not (m := _space.match(band)): return _microns.get(band)
-    return int(m[1])/(100 if int(m[1]) < 200 or len(m[1]) > 3 or band in _jwst else 1000)
-
-def _blue_to_red(bands):
-    "Positions of the bands in order of wavelength"
-    known = [_micron(b) for b in bands]
-    return list(range(len(bands))) if None in known else sorted(range(len(bands)), key=known.__getitem__)
-
-# %% ../../nbs/12_data.fits.ipynb #0baad15f
+# %% ../../nbs/12_data.fits.ipynb #38c9d074
 def _band_list(bands):
     "A tuple of names"
     if not isinstance(bands, str): return tuple(map(str, bands or ()))
     words = re.findall('[^ ,]+', bands)
-    return tuple(words if len(words) > 1 or bands in _microns or _space.match(bands) else bands)
+    return tuple(words if len(words) > 1 or bands in microns or filter_pattern.match(bands) else bands)
 
-# %% ../../nbs/12_data.fits.ipynb #391631d3
+# %% ../../nbs/12_data.fits.ipynb #fb69684e
 @contextmanager
 def _quiet():
     level = log.level
@@ -89,7 +73,7 @@ def _source(path):
     if raw[:6] != b'SIMPLE': raise GalaxyDataError(f'is not a FITS file: unpacked, it begins with {raw[:12]!r}')
     return lambda: BytesIO(raw)
 
-# %% ../../nbs/12_data.fits.ipynb #89ba8f76
+# %% ../../nbs/12_data.fits.ipynb #b508cf98
 def _walk(f, length):
     "Headers of a FITS file; raises unless all that they promise is there, and nothing else"
     heads, place = [], 0
@@ -102,7 +86,7 @@ def _walk(f, length):
         place = f.tell() + heads[-1].data_size_padded
     return heads
 
-# %% ../../nbs/12_data.fits.ipynb #c35a488f
+# %% ../../nbs/12_data.fits.ipynb #ffc28a35
 def _header(f, place, length, n):
     "The `n`th header, which begins at `place`; the file is left where its data begin"
     f.seek(place)
@@ -128,7 +112,7 @@ def _check_tiles(head):
     if prod(tiles) != head['NAXIS2'] or min(tiles) < 1 or prod(shape) > 2000*head.data_size:
         raise GalaxyDataError(f"is damaged: a compressed image of {' x '.join(map(str, shape))} px does not go with {head['NAXIS2']} tiles in {head.data_size:,} bytes")
 
-# %% ../../nbs/12_data.fits.ipynb #1227ac1b
+# %% ../../nbs/12_data.fits.ipynb #50772ff9
 def _check_sums(hdu):
     "Whether the check sums are out of date; raises where they disagree with a header that ends in them"
     if hdu.verify_datasum() and hdu.verify_checksum(): return False
@@ -147,7 +131,7 @@ def _check_whole(source, checksum):
         for hdu in hdus: _check_codec(hdu)
         return checksum and any([_check_sums(hdu) for hdu in hdus])
 
-# %% ../../nbs/12_data.fits.ipynb #84635db8
+# %% ../../nbs/12_data.fits.ipynb #bdba842d
 _item = dict(B=1, I=2, J=4, K=8, E=4, D=8)
 
 def _check_codec(hdu):
@@ -162,7 +146,7 @@ def _check_codec(hdu):
     if not inside or given.get('BYTEPIX', 4) not in (1, 2, 4, 8) or given.get('BLOCKSIZE', 32) not in (16, 32, 64):
         raise GalaxyDataError('is damaged: its compressed tiles are not what its header says')
 
-# %% ../../nbs/12_data.fits.ipynb #24805e67
+# %% ../../nbs/12_data.fits.ipynb #6264821e
 @lru_cache(4096)
 def _check_path(path, length, modified, checksum):
     "A frame out of which many galaxies are read is checked once"
@@ -184,7 +168,7 @@ def _open(path, checksum=True):
 
 def _said(e): return ' '.join(str(e).split())[:150] or type(e).__name__
 
-# %% ../../nbs/12_data.fits.ipynb #8608a00f
+# %% ../../nbs/12_data.fits.ipynb #ed58b279
 _kinds = dict(mask='mask masks dq badpix bpm', weight='wht weight weights invvar ivar', error='var variance err error errors rms sigma unc noise',
               other='maskbits psf ctx con segm segmap nexp depth chi2 flags')
 _kind = {word: kind for kind, words in _kinds.items() for word in words.split()}
@@ -198,7 +182,7 @@ def _plane_kind(head, path, alone):
     said += [w for w in _words(path.name) if alone and w not in _vague]
     return next(((_kind[w], w) for w in said if w in _kind), ('image', ''))
 
-# %% ../../nbs/12_data.fits.ipynb #83e8d8d5
+# %% ../../nbs/12_data.fits.ipynb #aa7c4095
 def _planes(hdus, ext, path):
     "Numbers of the HDUs to read as images, and those of masks and weights"
     held = {i: h for i, h in enumerate(hdus) if h.is_image and len(h.shape) > 1 and all(h.shape)}
@@ -220,7 +204,7 @@ def _extension(hdus, ext, held):
 
 def _listed(hdus): return ', '.join(f"{i} {h.name}{'' if h.is_image and h.shape else ' (no image)'}" for i, h in enumerate(hdus))
 
-# %% ../../nbs/12_data.fits.ipynb #1c3b2264
+# %% ../../nbs/12_data.fits.ipynb #1f3e02b6
 def _bad_pixels(hdu, window, kind):
     "`H x W` or `bands x H x W`, True where a mask or weight says that the image is no good"
     plane = hdu.section[(slice(None),)*(len(hdu.shape) - 2) + window]
@@ -228,7 +212,7 @@ def _bad_pixels(hdu, window, kind):
     bits = [1 << hdu.header[k] for k in ('MP_NO_DATA', 'MP_BAD', 'MP_UNMASKEDNAN') if k in hdu.header]
     return (plane.astype(np.int64) & sum(bits) if bits else np.nan_to_num(plane, nan=1)) != 0
 
-# %% ../../nbs/12_data.fits.ipynb #f93f4980
+# %% ../../nbs/12_data.fits.ipynb #62875808
 def _unfilled(band, floating, least=32):
     "`H x W`, True where a band holds no measurement: not finite, absurd, or in a group of at least `least` exact zeros"
     bad = ~(np.abs(band) < 1e18)
@@ -237,7 +221,7 @@ def _unfilled(band, floating, least=32):
     group, n = ndimage.label(zero)
     return bad | (np.bincount(group.ravel(), minlength=n + 1) >= least)[group] & zero
 
-# %% ../../nbs/12_data.fits.ipynb #f8c064aa
+# %% ../../nbs/12_data.fits.ipynb #c0703981
 def _steps(wcs, x, y):
     "RA and Dec (degrees) at a pixel, and degrees to the east and the north for one pixel along x and y, `2 x 2`"
     world = wcs.pixel_to_world_values(np.array([x, x + 1, x]), np.array([y, y, y + 1]))
@@ -250,7 +234,7 @@ def _pixel_scale(wcs, shape):
     "Side of a pixel in the middle of an image of `shape`, arcsec"
     return float(np.sqrt(abs(np.linalg.det(_steps(wcs, (shape[1] - 1)/2, (shape[0] - 1)/2)[1])))*3600)
 
-# %% ../../nbs/12_data.fits.ipynb #0f1ae805
+# %% ../../nbs/12_data.fits.ipynb #d8b5871b
 def _sky_wcs(head, hdus):
     "The celestial WCS of an image, or None with the reason"
     shape = (head['NAXIS2'], head['NAXIS1'])
@@ -262,7 +246,7 @@ def _sky_wcs(head, hdus):
         return (wcs, '') if 1e-5 < scale < 1e5 else (None, f'its WCS makes no sense: pixels of {scale:.3g}"')
     except Exception as e: return None, f'its WCS cannot be used ({_said(e)})'
 
-# %% ../../nbs/12_data.fits.ipynb #83118ac6
+# %% ../../nbs/12_data.fits.ipynb #d644ebef
 def _pixel_at(wcs, shape, ra, dec):
     "Pixel (x, y) of a position in degrees; raises unless it lies in the image"
     if wcs is None: raise GalaxyDataError('has no WCS that could be used, so that no position can be found in it')
@@ -281,7 +265,7 @@ def _window(shape, wcs, around):
     if around is None: return slice(None), slice(None)
     return Cutout2D(np.broadcast_to(np.uint8(0), shape), _pixel_at(wcs, shape, *around[:2]), around[2], wcs=wcs, mode='trim').slices_original
 
-# %% ../../nbs/12_data.fits.ipynb #44e10fdd
+# %% ../../nbs/12_data.fits.ipynb #263ed47d
 _counts = re.compile(r'(adus?|counts?|cts?|dn|e-?|electrons?|photons?|cps)(/s(ec|econd)?| s-1|\.s-1)?$', re.I)
 _zeropoints = 'MAGZERO MAGZPT MAGZP ZEROPT ZEROPNT ABMAGZP MAG_ZERO PHOTZP ZP_AB'.split()
 
@@ -298,7 +282,7 @@ def _zeropoint(head, rate):
     if not (flam and pivot and flam > 0 and pivot > 0) or not rate and not (seconds and seconds > 0): return None
     return -2.5*np.log10(flam) - 5*np.log10(pivot) - 2.408 + (0 if rate else 2.5*np.log10(seconds))
 
-# %% ../../nbs/12_data.fits.ipynb #0c737052
+# %% ../../nbs/12_data.fits.ipynb #45f7b946
 @lru_cache
 def _unit(text): return u.Unit(re.sub('n(?:ano)?-?m(?:ag)?g(?:y|ies)', 'nmgy', text, flags=re.I), parse_strict='silent')
 
@@ -319,7 +303,7 @@ def _nanomaggies(head, pxscale, zeropoint=None):
     zp = zeropoint if zeropoint is not None else _zeropoint(head, rate)
     return None if zp is None else 10**((22.5 - zp)/2.5), ('counts/s' if rate else 'counts') if text else 'unknown'
 
-# %% ../../nbs/12_data.fits.ipynb #b748ab19
+# %% ../../nbs/12_data.fits.ipynb #95fa294c
 @dataclass
 class FitsImage:
     "Bands of one piece of sky on one grid of pixels; row 0 is at the bottom, as in FITS"
@@ -346,7 +330,7 @@ class FitsImage:
         size, scale = ' x '.join(map(str, self.data.shape[:0:-1])), f' of {self.pxscale:.3f}"' if self.pxscale else ' of unknown size'
         return f"{self.source}: {' '.join(self.bands)}, {size} px{scale}, {self.unit}, {self.masked:.1%} masked" + ''.join(f'; {n}' for n in self.notes)
 
-# %% ../../nbs/12_data.fits.ipynb #8f298fba
+# %% ../../nbs/12_data.fits.ipynb #eed9d0a9
 def _sky_level(band, bad):
     return sigma_clipped_stats(band[~bad].astype(float))[1] if (~bad).any() else 0
 
@@ -356,7 +340,7 @@ def _fill(data, mask):
         if bad.any(): band[bad] = _sky_level(band, bad)
     return data
 
-# %% ../../nbs/12_data.fits.ipynb #af184f54
+# %% ../../nbs/12_data.fits.ipynb #59685a17
 def _names_in(head, n):
     "Names of `n` bands by a header, empty where it does not tell"
     if n == 1: return (_filter(head) or _band_in(str(head.get('EXTNAME', ''))),)
@@ -378,7 +362,7 @@ def _names_of(path, n):
     words = [tuple(w) for w in re.split('[^A-Za-z]+', stem) if len(set(w)) == len(w) == n and set(w) <= set('ugrizyYJHK')]
     return words[-1] if words else ('',)*n
 
-# %% ../../nbs/12_data.fits.ipynb #3ee61add
+# %% ../../nbs/12_data.fits.ipynb #bb22d774
 def _read_hdu(hdus, i, masks, path, wanted=(), sure=False, unit='auto', zeropoint=None, around=None):
     "A `FitsImage` of one HDU; where the header does not tell, its bands are called by the file's name, or as `wanted`, which comes first where that is `sure`"
     hdu = hdus[i]
@@ -403,7 +387,7 @@ def _pixels(hdu, window):
         raise GalaxyDataError(f"has an image of {' x '.join(map(str, shape[::-1]))} px; expected width x height, or width x height x bands")
     with np.errstate(all='ignore'): return np.array(hdu.section[(0,)*len(shape[:-3]) + (slice(None),)*cube + window], np.float32, ndmin=3)
 
-# %% ../../nbs/12_data.fits.ipynb #ccc2f53d
+# %% ../../nbs/12_data.fits.ipynb #84c70169
 def _masked_by(hdus, hdu, masks, window, path):
     "What masks and weights of the same shape say of an image; where versions are numbered, those of its own"
     same = [hdus[m] for m in masks if hdus[m].shape in (hdu.shape, hdu.shape[-2:])]
@@ -419,7 +403,7 @@ def _converted(image, head, unit, zeropoint):
     _fill(image.data, image.mask)
     return image
 
-# %% ../../nbs/12_data.fits.ipynb #f0084b9e
+# %% ../../nbs/12_data.fits.ipynb #968d3c5f
 def _read_file(path, wanted=(), ext=None, checksum=True, **kwargs):
     "`FitsImage`s of a file, one for each HDU"
     with _open(path, checksum) as (hdus, notes):
@@ -431,7 +415,7 @@ def _read_file(path, wanted=(), ext=None, checksum=True, **kwargs):
             raise GalaxyDataError(f'holds several images that are not told apart by their bands: {_listed(hdus)}; choose with ext=, and name the bands')
         return [replace(im, notes=notes + im.notes) for im in images]
 
-# %% ../../nbs/12_data.fits.ipynb #c1de42bf
+# %% ../../nbs/12_data.fits.ipynb #04ad450c
 def _apart(a, b):
     "Largest distance between the grids of two images, pixels of `b`; None where a WCS is missing"
     if a.wcs is None or b.wcs is None: return None
@@ -442,7 +426,7 @@ def _apart(a, b):
     distance = np.hypot(there[0] - x, there[1] - y).max()
     return float(distance) if isfinite(distance) else np.inf
 
-# %% ../../nbs/12_data.fits.ipynb #f7d40876
+# %% ../../nbs/12_data.fits.ipynb #a5181f06
 def _regrid(image, onto):
     "`image` on the pixels of `onto`"
     reproject, ratio = require('reproject', 'fits'), image.pxscale/onto.pxscale
@@ -455,7 +439,7 @@ def _regrid(image, onto):
     note = f"{' '.join(image.bands)} brought to the grid of {' '.join(onto.bands)}"
     return replace(image, data=_fill(data, mask), mask=mask, wcs=onto.wcs, pxscale=onto.pxscale, notes=(*image.notes, note))
 
-# %% ../../nbs/12_data.fits.ipynb #e2b22a98
+# %% ../../nbs/12_data.fits.ipynb #75089f40
 def _on_grid(image, onto):
     "`image` as it is where it lies on the pixels of `onto`, else brought there"
     apart, same = _apart(image, onto), image.data.shape[1:] == onto.data.shape[1:]
@@ -465,14 +449,14 @@ def _on_grid(image, onto):
     size = lambda im: ' x '.join(map(str, im.data.shape[:0:-1]))
     raise GalaxyDataError(f'{image.source} has {size(image)} px and {onto.source} {size(onto)}, and without a WCS in both they cannot be brought to one grid')
 
-# %% ../../nbs/12_data.fits.ipynb #9d78ffcf
+# %% ../../nbs/12_data.fits.ipynb #d4257ebd
 def align_bands(
     images, # `FitsImage`s of the same piece of sky, in one unit
     onto:FitsImage=None, # The one whose grid to use; by default that of the reddest band, or the last
 )->FitsImage: # All their bands, in the order given
     "Bands of several images on one grid; raises `GalaxyDataError` where they cannot be brought together"
     if len(images) == 1: return images[0]
-    order = _blue_to_red([im.bands[-1] for im in images])
+    order = blue_to_red([im.bands[-1] for im in images])
     onto = onto or max((images[i] for i in order[::-1]), key=lambda im: im.wcs is not None)
     units = {im.unit: im.source for im in images}
     if len(units) > 1:
@@ -486,7 +470,7 @@ def align_bands(
     bands, notes = ([x for im in moved for x in getattr(im, k)] for k in ('bands', 'notes'))
     return replace(onto, data=data, mask=mask, bands=tuple(bands), source=source, notes=tuple(dict.fromkeys(notes)))
 
-# %% ../../nbs/12_data.fits.ipynb #34484ca5
+# %% ../../nbs/12_data.fits.ipynb #441f70f1
 def _read_files(paths, bands, **kwargs):
     "`FitsImage`s of one file, a list of files, or `{band: file}`"
     if isinstance(paths, dict):
@@ -501,16 +485,16 @@ def _only(images, band, path):
     "The one band of a file that was given for it"
     held = {b: im for im in images for b in im.bands}
     if band in held: return _choose(held[band], (band,))
-    if len(held) == 1 and None in (_micron(band), _micron(*held)): return replace(images[0], bands=(band,))
+    if len(held) == 1 and None in (wavelength(band), wavelength(*held)): return replace(images[0], bands=(band,))
     raise GalaxyDataError(f"{path} was given for band {band}, but holds {' '.join(held)}; check which file is which")
 
 def _choose(image, bands):
     "These bands of an image, in this order; all from blue to red where none are named"
     if lost := [b for b in bands if b not in image.bands]: raise GalaxyDataError(f"{image.source} has no band {lost[0]}; it has {' '.join(image.bands)}")
-    use = [image.bands.index(b) for b in bands] or _blue_to_red(image.bands)
+    use = [image.bands.index(b) for b in bands] or blue_to_red(image.bands)
     return image if use == list(range(len(image.bands))) else replace(image, data=image.data[use], mask=image.mask[use], bands=tuple(image.bands[i] for i in use))
 
-# %% ../../nbs/12_data.fits.ipynb #ef533781
+# %% ../../nbs/12_data.fits.ipynb #a1651431
 def _numbered(images):
     "Images whose bands all have names, of their own or numbers from 1; raises where two have the same"
     names = [b or str(i + 1) for i, b in enumerate(b for im in images for b in im.bands)]
@@ -519,7 +503,7 @@ def _numbered(images):
     name, note = iter(names), ('its bands are numbered, as the file does not name them',)
     return [replace(im, bands=tuple(next(name) for _ in im.bands), notes=im.notes + note*(not all(im.bands))) for im in images]
 
-# %% ../../nbs/12_data.fits.ipynb #9177e780
+# %% ../../nbs/12_data.fits.ipynb #17e6e0e9
 def read_fits(
     paths, # One file (image, cube or several extensions), a list of files, or `{band: file}`
     bands=None, # Names of the bands wanted, in order: `'grz'` or a list. They also name the planes of a file that does not name its own
@@ -536,7 +520,7 @@ def read_fits(
     if unit in ('auto', 'keep', image.unit): return image
     raise GalaxyDataError(f"{image.source} is in '{image.unit}' where '{unit}' is wanted; give its zero point (zeropoint=) if the header does not")
 
-# %% ../../nbs/12_data.fits.ipynb #7e3087fb
+# %% ../../nbs/12_data.fits.ipynb #cde071d8
 def _shares(low, step, size, n):
     "Share of each of `n` old pixels in each of `size` new ones that are `step` wide and begin at `low`, `size x n`"
     edge, cell = (low + step*np.arange(size + 1))[:, None], np.arange(n)
@@ -547,7 +531,7 @@ def _shared(data, mask, rows, columns, area):
     cover = rows @ (~mask) @ columns.T/area
     return rows @ np.where(mask, 0., data) @ columns.T/np.maximum(cover, .5), cover < .5
 
-# %% ../../nbs/12_data.fits.ipynb #b66b95b6
+# %% ../../nbs/12_data.fits.ipynb #652ee20c
 def _flat_wcs(wcs, x, y, step, size):
     "A tangential WCS for `size` pixels around pixel (x, y), `step` times as wide"
     centre, cd = _steps(wcs, x, y)
@@ -557,7 +541,7 @@ def _flat_wcs(wcs, x, y, step, size):
     flat.wcs.radesys, flat.wcs.equinox = wcs.wcs.radesys, wcs.wcs.equinox
     return flat
 
-# %% ../../nbs/12_data.fits.ipynb #24d95812
+# %% ../../nbs/12_data.fits.ipynb #ad73837b
 def fits_cutout(
     image:FitsImage, # Where to cut
     size:int, # Side of the cut-out, px
@@ -577,7 +561,7 @@ def fits_cutout(
     y, x = (w.start + low + size*step/2 - .5 for w, low in zip(window, lows))
     return replace(image, data=data.astype(np.float32), mask=mask, pxscale=image.pxscale and image.pxscale*step, wcs=image.wcs and _flat_wcs(image.wcs, x, y, step, size))
 
-# %% ../../nbs/12_data.fits.ipynb #3903a3fa
+# %% ../../nbs/12_data.fits.ipynb #72ebb80d
 def _aim(image, size, ra, dec, pxscale):
     "Pixel (x, y) in the middle of a cut-out and the side of its pixels, px"
     height, width = image.data.shape[1:]
@@ -588,7 +572,7 @@ def _aim(image, size, ra, dec, pxscale):
     try: return *_pixel_at(image.wcs, (height, width), ra, dec), step
     except GalaxyDataError as e: raise GalaxyDataError(f'{image.source} {e}') from None
 
-# %% ../../nbs/12_data.fits.ipynb #2e6da85a
+# %% ../../nbs/12_data.fits.ipynb #8e9435c1
 @dataclass(frozen=True)
 class _FitsSettings:
     "How FITS files become cut-outs; settings that make no sense raise `GalaxyDataError`"
@@ -624,7 +608,7 @@ class _FitsSettings:
         "The reader with these settings; unknown ones raise `GalaxyDataError`"
         return from_settings(cls, settings, 'reader')
 
-# %% ../../nbs/12_data.fits.ipynb #861d397d
+# %% ../../nbs/12_data.fits.ipynb #fa920c36
 class FitsReader(_FitsSettings):
     "`H x W x bands`, float32, from FITS files: a cut-out and the policy for what was not measured"
     def __call__(self,
@@ -668,7 +652,7 @@ class FitsReader(_FitsSettings):
         mirrored = cutout.wcs is not None and np.linalg.det(cutout.wcs.celestial.pixel_scale_matrix) > 0
         return np.stack(bands, -1)[::-1, ::-1 if mirrored else 1].astype(np.float32)
 
-# %% ../../nbs/12_data.fits.ipynb #d01a6e61
+# %% ../../nbs/12_data.fits.ipynb #a3351e30
 def fits_paths(
     df:pd.DataFrame, # A row a galaxy
     x, # Column with the file, `{band: column}`, or a pattern such as `'{name}_{band}.fits'`
@@ -708,7 +692,7 @@ def holds_fits(
     names = [x] if '{' in x else read_table(table).get(x, pd.Series(dtype=str)).dropna().astype(str)[:1]
     return any(map(is_fits, names))
 
-# %% ../../nbs/12_data.fits.ipynb #3a34c8b8
+# %% ../../nbs/12_data.fits.ipynb #77670cd5
 def _read_rows(reader, files, ra, dec, progress):
     "Pixels, the reader with bands and unit settled, what is known of each row, and `{row: problem}`"
     pixels, first, known, problems = None, None, [(np.nan,)*4]*len(files), {}
@@ -733,7 +717,7 @@ def _with_known(df, known):
 def _unlike(image, first):
     return f"{image.source} holds {' '.join(image.bands)} in {image.unit}, unlike row {first[0]}: {' '.join(first[1])} in {first[2]}"
 
-# %% ../../nbs/12_data.fits.ipynb #b12da7fd
+# %% ../../nbs/12_data.fits.ipynb #65624a66
 def fit_stretch(
     stretch:Stretch, # As in `Stretch.fit`
     images, # `N x H x W x bands`
@@ -746,7 +730,7 @@ def fit_stretch(
     stretch = stretch.fit(images[..., :-1], rows)
     return replace(stretch, low=(*stretch.low, 0), high=(*stretch.high, 1))
 
-# %% ../../nbs/12_data.fits.ipynb #f578fa7b
+# %% ../../nbs/12_data.fits.ipynb #b5daaa21
 def read_fits_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Stretch', 'bands_to_rgb', 'lupton_stretch']
 
-# %% ../../nbs/10_data.stretch.ipynb #6955bf12
+# %% ../../nbs/10_data.stretch.ipynb #20c930c0
 import warnings
+import re
 from dataclasses import dataclass, replace
 from math import asinh, isfinite, log, sinh
 
@@ -16,7 +17,7 @@ from astropy.visualization import (AsinhStretch, AsymmetricPercentileInterval, L
                                    SqrtStretch, ZScaleInterval)
 from ..core import GalaxyDataError, from_settings
 
-# %% ../../nbs/10_data.stretch.ipynb #66afcfd1
+# %% ../../nbs/10_data.stretch.ipynb #4ee3a817
 @dataclass(frozen=True)
 class Stretch:
     "Flux of `bands x H x W`, or a batch of it, to 0..1; settings that make no sense raise `GalaxyDataError`"
@@ -43,7 +44,8 @@ class Stretch:
         rgb=None, # Names or numbers of three bands, the red one first; by default the reddest, a middle and the bluest
     )->np.ndarray: # `H x W x 3`, uint8
         "What a person sees: the pixels that the network sees, in colour from two bands on, else grey"
-        return _picture(self, flux, bands, rgb)
+        if flux.ndim != 3: raise GalaxyDataError(f"The image is {' x '.join(map(str, flux.shape))}; expected bands x H x W.")
+        return bands_to_rgb(self(flux), bands, rgb)
 
     def fit(self,
         images, # Cut-outs to train on, `N x H x W x bands`; of a memory-mapped array up to 1000 are read
@@ -188,14 +190,23 @@ def _tensor_percentiles(x, percents):
     below, above = (values.gather(-1, r.long().to(x.device)).cpu().double() for r in (rank.floor(), rank.ceil()))
     return torch.where(last < 0, 0, below.lerp(above, rank % 1))
 
-# %% ../../nbs/10_data.stretch.ipynb #ce642d6b
-def _picture(s, flux, bands, rgb):
-    if flux.ndim != 3: raise GalaxyDataError(f"The image is {' x '.join(map(str, flux.shape))}; expected bands x H x W.")
-    use = _blue_to_red(len(flux), bands, rgb)
-    pick = lambda limits: limits if limits is None or len(limits) == 1 else [limits[i] for i in use]
-    return bands_to_rgb(replace(s, low=pick(s.low), high=pick(s.high))(flux[use]))
+# %% ../../nbs/10_data.stretch.ipynb #c7217480
+microns = dict(FUV=.153, NUV=.231, u=.355, U=.365, B=.445, g=.48, V=.551, r=.62, R=.658, VIS=.715, i=.76, I=.806, z=.9, y=.97, Y=1.02,
+                J=1.25, H=1.65, Ks=2.15, K=2.2, W1=3.4, W2=4.6, W3=12, W4=22)
+filter_pattern = re.compile(r'F(\d{3,4})(LP|[WMNX])2?$')
 
-# %% ../../nbs/10_data.stretch.ipynb #b3a04f88
+_jwst = set('F200W F210M F250M F277W F300M F335M F356W F360M F410M F430M F444W F460M F480M F560W F770W'.split())
+
+def wavelength(band):
+    if not (m := filter_pattern.match(band)): return microns.get(band)
+    return int(m[1])/(100 if int(m[1]) < 200 or len(m[1]) > 3 or band in _jwst else 1000)
+
+def blue_to_red(bands):
+    "Positions of the bands in order of wavelength"
+    known = [wavelength(b) for b in bands]
+    return list(range(len(bands))) if None in known else sorted(range(len(bands)), key=known.__getitem__)
+
+# %% ../../nbs/10_data.stretch.ipynb #98befa6d
 def bands_to_rgb(
     x, # Array or tensor `bands x H x W`, 0..1
     bands=(), # As in `Stretch.picture`
@@ -203,26 +214,26 @@ def bands_to_rgb(
 )->np.ndarray: # `H x W x 3`, uint8
     "A stretched image as a picture; of two bands, green is the mean"
     if isinstance(x, torch.Tensor): x = x.detach().cpu().float().numpy()
-    x = x[_blue_to_red(len(x), bands, rgb)]
+    x = x[_shown(len(x), bands, rgb)]
     green = x[1] if len(x) == 3 else (x[0] + x[-1])/2
     return np.round(255*np.stack([x[-1], green, x[0]], -1).clip(0, 1)).astype(np.uint8)
 
-# %% ../../nbs/10_data.stretch.ipynb #4c255670
-def _blue_to_red(n, bands, rgb):
+# %% ../../nbs/10_data.stretch.ipynb #1cd8c06b
+def _shown(n, bands, rgb):
     "Numbers of the one, two or three bands that a picture shows"
-    names, filters = [str(b).lower() for b in bands] or list(range(n)), 'ugrizyjhk'
+    names = [str(b) for b in bands] or list(range(n))
     if len(names) != n: raise GalaxyDataError(f"The image has {n} bands and there are {len(names)} names for them ({', '.join(bands)}); give a name for each.")
     if rgb is not None: return _named(rgb, names)
     order = [i for i in range(n) if names[i] != 'mask']          # a band that marks missing pixels has no colour
-    if bands and {names[i] for i in order} <= set(filters): order.sort(key=lambda i: filters.index(names[i]))
+    if bands: order = [order[k] for k in blue_to_red([names[i] for i in order])]
     return order if len(order) < 4 else [order[0], order[(len(order)-1)//2], order[-1]]
 
 def _named(rgb, names):
-    use = [b.lower() if isinstance(b, str) else dict(enumerate(names)).get(b) for b in rgb]
+    use = [b if isinstance(b, str) else dict(enumerate(names)).get(b) for b in rgb]
     if len(use) == 3 and set(use) <= set(names): return [names.index(b) for b in use[::-1]]
     raise GalaxyDataError(f"rgb is {rgb}; give three of the bands {', '.join(map(str, names))}, the red one first.")
 
-# %% ../../nbs/10_data.stretch.ipynb #6e6b1c60
+# %% ../../nbs/10_data.stretch.ipynb #c51f4ab5
 def lupton_stretch(
     stretch:float=.5, # Flux above `minimum` over which the picture is about linear
     q:float=8, # Softening: more shows brighter light
@@ -234,7 +245,7 @@ def lupton_stretch(
     a = 1/sinh(10*asinh(q/10))
     return Stretch('lupton', a=a, low=minimum, high=np.add(minimum, stretch/(q*a)))
 
-# %% ../../nbs/10_data.stretch.ipynb #ccaf599e
+# %% ../../nbs/10_data.stretch.ipynb #a396f872
 def _fit(s, images, rows, percent, pixels, seed):
     if not 50 < percent <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
     flux = _sample(images, rows, pixels, seed)
@@ -250,7 +261,7 @@ def _turn(name, share):
     if name in ('sqrt', 'linear') or share == 0: return None
     return 1/share if name == 'log' else share
 
-# %% ../../nbs/10_data.stretch.ipynb #dca207b7
+# %% ../../nbs/10_data.stretch.ipynb #add0a4d4
 def _sample(images, rows, pixels, seed):
     "Random pixels of random cut-outs, `n x pixels x bands`"
     rng = np.random.default_rng(seed)
@@ -262,7 +273,7 @@ def _sample(images, rows, pixels, seed):
         return flux[rng.choice(len(flux), min(len(flux), max(1, pixels//len(rows))), replace=False)]
     return np.stack([some(images[i]) for i in rows]).astype(float)
 
-# %% ../../nbs/10_data.stretch.ipynb #968cf09c
+# %% ../../nbs/10_data.stretch.ipynb #b4d8a1ee
 def _sky(flux):
     "Level and noise of the sky in each band: the median cut-out's, where those whose sky is constant have no noise to tell"
     with warnings.catch_warnings():

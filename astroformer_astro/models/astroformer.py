@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['model_cfgs', 'AstroformerCfg', 'Astroformer', 'astroformer']
 
-# %% ../../nbs/22_models.astroformer.ipynb #21ff079d
+# %% ../../nbs/22_models.astroformer.ipynb #fefcdb6f
 from dataclasses import dataclass, replace, fields
-import torch
 from torch import nn
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
 from functools import partial
