@@ -38,7 +38,7 @@ def open_hdf5(
         if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of an HDF5 file in the Galaxy10 layout.')
         with h5py.File(path) as f: yield f
 
-# %% ../../nbs/11_data.hdf5.ipynb #9a52f77e
+# %% ../../nbs/11_data.hdf5.ipynb #b40893e0
 def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
 
 def _class_names(f, classes=None):
@@ -53,7 +53,7 @@ def _bands(f):
     "Names of the bands of flux; none for pictures"
     return tuple(_text(b) for b in f.attrs.get('bands', ()))
 
-# %% ../../nbs/11_data.hdf5.ipynb #b79790f2
+# %% ../../nbs/11_data.hdf5.ipynb #f0c1ab4a
 def _check_pixels(f):
     "Raise `GalaxyDataError` unless `f` has images, and a whole number for each"
     for key in 'images', 'ans':
@@ -69,7 +69,7 @@ def _check_pixels(f):
     for key in 'images', 'ans':
         if not _is_whole(f[key]): raise GalaxyDataError(f'{key!r} of {f.filename} was not completely written, or its index is damaged; get or make the file again.')
 
-# %% ../../nbs/11_data.hdf5.ipynb #280e18b8
+# %% ../../nbs/11_data.hdf5.ipynb #88d8b777
 def _is_whole(d):
     "Whether all parts of a dataset were written, each to a place of its own"
     if not d.chunks: return d.is_virtual or d.external is not None or d.id.get_storage_size() >= d.nbytes
@@ -81,12 +81,12 @@ def _is_whole(d):
             and all(a <= b for (_, a), (b, _) in zip(ends, ends[1:]))
             and all(c.size in (raw, raw + 4) for c in found if c.filter_mask or not packed))      # 4: a checksum of its own
 
-# %% ../../nbs/11_data.hdf5.ipynb #2cf851ba
+# %% ../../nbs/11_data.hdf5.ipynb #c861946b
 def _check_labels(f, classes):
     outside = sorted(set(_values(f['ans']).tolist()) - set(range(len(classes))))
     if outside: raise GalaxyDataError(f"'ans' of {f.filename} holds {outside[:5]}, outside the {len(classes)} classes 0 to {len(classes)-1}; pass the file's own names as `classes`.")
 
-# %% ../../nbs/11_data.hdf5.ipynb #c78c1a0c
+# %% ../../nbs/11_data.hdf5.ipynb #137ab409
 def _crc(name, values): return zlib.crc32(np.ascontiguousarray(values).tobytes(), zlib.crc32(name.encode()))
 
 def _values(d):
@@ -96,7 +96,7 @@ def _values(d):
         raise GalaxyDataError(f"{d.name[1:]!r} of {d.file.filename} differs from its checksum; get or make the file again, or delete the attribute 'crc32' of what you have changed on purpose.")
     return values
 
-# %% ../../nbs/11_data.hdf5.ipynb #7441e58f
+# %% ../../nbs/11_data.hdf5.ipynb #6777a4b5
 _not_columns = 'images', 'images_crc32', 'ans', 'label'
 
 def _is_column(d, n):
@@ -110,7 +110,7 @@ def _column(d):
     if 'missing' in d.attrs: text[np.unpackbits(d.attrs['missing'], count=len(text)).astype(bool)] = None
     return text
 
-# %% ../../nbs/11_data.hdf5.ipynb #e2df5e16
+# %% ../../nbs/11_data.hdf5.ipynb #5341def0
 def _key(name, i):
     "The dataset of column `i`: its own name, unless that cannot be one"
     return f'column {i}' if name in (*_not_columns, '', '.') or '/' in name or '\0' in name else name
@@ -124,7 +124,7 @@ def _catalog(f, classes):
     cat.insert(order.index('label'), 'label', np.array(classes)[_values(f['ans'])])
     return cat
 
-# %% ../../nbs/11_data.hdf5.ipynb #f78cecc5
+# %% ../../nbs/11_data.hdf5.ipynb #5e132e80
 @dataclass(repr=False)
 class FileLayout:
     "What a file in the Galaxy10 layout holds, and how its pixels are stored"
@@ -150,7 +150,7 @@ class FileLayout:
     @property
     def hostile(self): return self.touched > 64 or self.unpacked > 4*self.image_bytes # Whether single images are slow to read
 
-# %% ../../nbs/11_data.hdf5.ipynb #3a9da270
+# %% ../../nbs/11_data.hdf5.ipynb #7725bceb
 def _storage(l):
     if l.offset is not None: return 'pixels contiguous and unpacked, to be used as they are'
     if not l.chunks: return 'pixels in other files'
@@ -169,12 +169,14 @@ def _described(l):
              f"not in the catalogue: {', '.join(l.others)}" if l.others else '']
     return '\n  '.join(filter(None, [*facts, _storage(l)]))
 
-# %% ../../nbs/11_data.hdf5.ipynb #a725b079
+# %% ../../nbs/11_data.hdf5.ipynb #fbd019ab
 def check_layout(
-    f:h5py.File, # An open file
+    f, # An open `h5py.File`, or the path of one
     classes=None, # Class names in the order of their numbers; those of the file, or Galaxy10's, by default
 )->FileLayout:
     "What `f` holds; raises `GalaxyDataError` unless it is in the Galaxy10 layout with labels inside `classes`"
+    if isinstance(f, (str, Path)):
+        with open_hdf5(f) as opened: return check_layout(opened, classes)
     with _reading(f.filename):
         _check_pixels(f)
         classes, images = _class_names(f, classes), f['images']
@@ -188,14 +190,14 @@ def _is_copy(cat):
     if len(cat) < 2 or not {'redshift', 'dec'} <= set(cat) or cat.dec.isna().all(): return False
     return bool(((cat.redshift == cat.dec) | (cat.redshift.isna() & cat.dec.isna())).all())
 
-# %% ../../nbs/11_data.hdf5.ipynb #a83c2fe5
+# %% ../../nbs/11_data.hdf5.ipynb #2c4877fd
 def _slabs(images, some=2**24, most=2**27):
     "Slices that cover a dataset or an array along its chunks, in pieces of about `some` bytes and not more than `most`"
     row, chunk = max(1, prod(images.shape[1:])*images.dtype.itemsize), (getattr(images, 'chunks', None) or [1])[0]
     step = min(chunk*max(1, some//(row*chunk)), max(1, most//row))
     return [slice(i, min(i + step, len(images))) for i in range(0, len(images), step)]
 
-# %% ../../nbs/11_data.hdf5.ipynb #cb4908a7
+# %% ../../nbs/11_data.hdf5.ipynb #329242a5
 def _cut(images, size):
     "Cut-outs of `size` px; flux comes in its own size only, see `_check_size`"
     return images if images.shape[1:3] == (size, size) else np.stack([to_cutout(img, size) for img in images])
@@ -210,12 +212,12 @@ def _blocks(images, size, progress):
     with _reading(images.file.filename):
         for rows in bar(_slabs(images), progress): yield _cut(images[rows], size)
 
-# %% ../../nbs/11_data.hdf5.ipynb #a4f18ce9
+# %% ../../nbs/11_data.hdf5.ipynb #29a28104
 def _stamp(path):
     try: return (s := os.stat(path)).st_size, s.st_mtime_ns
     except OSError as e: raise GalaxyDataError(f'{path} cannot be read ({e.strerror}); put it back or read another.') from None
 
-# %% ../../nbs/11_data.hdf5.ipynb #00144eb6
+# %% ../../nbs/11_data.hdf5.ipynb #f42188a4
 class MappedPixels:
     "Pixels of a file as a read-only array `N x H x W x C`, without reading them; raises `GalaxyDataError` where the file has changed meanwhile"
     ndim = 4
@@ -243,7 +245,7 @@ class MappedPixels:
             self._map = np.memmap(self.path, self.dtype, 'r', self.offset, self.shape).view(np.ndarray)
         return self._map
 
-# %% ../../nbs/11_data.hdf5.ipynb #46e3b244
+# %% ../../nbs/11_data.hdf5.ipynb #1c8c96e5
 @contextmanager
 def _file(path, mode='w'):
     "A file to write; what HDF5 raises over a full disk becomes an `OSError` that says so"
@@ -253,7 +255,7 @@ def _file(path, mode='w'):
         if not (code := re.search(r'errno = (\d+)', str(e))): raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
-# %% ../../nbs/11_data.hdf5.ipynb #35ef0121
+# %% ../../nbs/11_data.hdf5.ipynb #49617aab
 def _put(f, key, values, **attrs):
     "A dataset and its checksum"
     d = f.create_dataset(key, data=values, track_times=False)
@@ -270,7 +272,7 @@ def _put_pixels(f, blocks, shape, dtype):
         del block          # or two would be in memory while the next is read
     _put(f, 'images_crc32', sums)
 
-# %% ../../nbs/11_data.hdf5.ipynb #da513452
+# %% ../../nbs/11_data.hdf5.ipynb #c1d09db8
 def _put_column(f, key, name, column, **attrs):
     "Numbers as they are; text as UTF-8 of one length, with a bit for each row whether it is missing"
     if isinstance(column.dtype, pd.CategoricalDtype): column = column.astype(object).infer_objects()
@@ -289,7 +291,7 @@ def _bytes(text, name):
     if b'\0' in encoded: raise GalaxyDataError(f'{name!r} holds {text!r}, which HDF5 cannot; take the odd character out.')
     return encoded
 
-# %% ../../nbs/11_data.hdf5.ipynb #494c84d4
+# %% ../../nbs/11_data.hdf5.ipynb #49f182d5
 def _put_table(f, catalog, classes, bands=(), stretch=None, skipped=()):
     "The catalogue, class numbers for its labels, and the words about it"
     names = [str(c) for c in catalog]
@@ -306,7 +308,7 @@ def _put_table(f, catalog, classes, bands=(), stretch=None, skipped=()):
     if stretch: f.attrs['stretch'] = np.bytes_(json.dumps(stretch.to_dict()))
     if len(skipped): f.attrs['skipped'] = np.bytes_(skipped.to_json(orient='records'))
 
-# %% ../../nbs/11_data.hdf5.ipynb #ff96c42d
+# %% ../../nbs/11_data.hdf5.ipynb #e5234052
 def _verify(f, progress):
     "Raise `GalaxyDataError` naming the first image that is not as this package wrote it"
     if 'images_crc32' not in f: return
@@ -315,7 +317,7 @@ def _verify(f, progress):
         wrong = np.flatnonzero(sums[rows] != [zlib.crc32(img) for img in images[rows]])
         if len(wrong): raise GalaxyDataError(f'image {rows.start + wrong[0]} of {f.filename} differs from its checksum; get the file again, or delete it where it is a repacked copy.')
 
-# %% ../../nbs/11_data.hdf5.ipynb #4d8579ce
+# %% ../../nbs/11_data.hdf5.ipynb #a6ccc28a
 def file_fingerprint(
     path, # Any file
 )->str: # 32 hexadecimal digits
@@ -328,7 +330,7 @@ def file_fingerprint(
             digest.update(f.read(2**16))
     return digest.hexdigest()
 
-# %% ../../nbs/11_data.hdf5.ipynb #c5c43431
+# %% ../../nbs/11_data.hdf5.ipynb #84ed9144
 def _mark(path, size): return f'{file_fingerprint(path)} {size} px'
 
 def _made_from(path):
@@ -355,7 +357,7 @@ def _room(folder):
         return shutil.disk_usage(folder).free if os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids) else 0
     except OSError: return 0
 
-# %% ../../nbs/11_data.hdf5.ipynb #63656094
+# %% ../../nbs/11_data.hdf5.ipynb #b27188d2
 def _put_rest(f, src, scale):
     "Everything but the pixels of `src`, as it is; `pxscale` grows by `scale`"
     f.attrs.update(_attributes(src))
@@ -375,7 +377,7 @@ def _attributes(d):
     return {k: np.array([_bytes(t, k) for t in np.ravel(v)]).reshape(np.shape(v)) if isinstance(v, str) or getattr(v, 'dtype', None) == object else v
             for k, v in d.attrs.items() if k not in ('crc32', 'missing')}
 
-# %% ../../nbs/11_data.hdf5.ipynb #d18202f7
+# %% ../../nbs/11_data.hdf5.ipynb #639b2f9f
 def repack(
     path, # A file in the Galaxy10 layout
     size:int=None, # Side of the cut-outs, px; that of the file by default
@@ -403,7 +405,7 @@ def repack(
             _sign(tmp, path, size, mark)
     return out
 
-# %% ../../nbs/11_data.hdf5.ipynb #b75b7da1
+# %% ../../nbs/11_data.hdf5.ipynb #92342fbb
 def read_hdf5(
     path, # A file in the Galaxy10 layout
     size:int=64, # Side of the cut-outs, px; `None` for that of the file
@@ -423,7 +425,7 @@ def read_hdf5(
     with open_hdf5(repack(path, size, progress=progress)) as f:
         return _galaxies(f, check_layout(f, layout.classes), size, path, progress, verify)
 
-# %% ../../nbs/11_data.hdf5.ipynb #63f4831e
+# %% ../../nbs/11_data.hdf5.ipynb #e07bafbe
 def _galaxies(f, layout, size, source, progress, verify):
     "The survey of an open file"
     if verify: _verify(f, progress)
@@ -448,7 +450,7 @@ def _stretch(settings):
     from astroformer_astro.data.stretch import Stretch       # only flux needs it, and it brings torch
     return Stretch.from_dict(settings)
 
-# %% ../../nbs/11_data.hdf5.ipynb #d4febac6
+# %% ../../nbs/11_data.hdf5.ipynb #25f7b450
 def pack(
     galaxies, # A `GalaxySet`, or a table of image files, see `pack_catalog`
     out, # HDF5 file to write
@@ -471,7 +473,7 @@ def _check_packable(g):
     if not known or len(shape) != 4 or not n or shape[0] != n or shape[1] != shape[2]:
         raise GalaxyDataError(f'the images are {dtype} {shape}, with {n} rows and {len(g.bands)} bands; expected as many rows, and uint8 (N, H, H, 3), or float32 (N, H, H, C) with C bands and a stretch.')
 
-# %% ../../nbs/11_data.hdf5.ipynb #e0b4c246
+# %% ../../nbs/11_data.hdf5.ipynb #6296d958
 def _put_files(f, paths, size, progress):
     "Write the pixels of image files; returns `{position: problem}`"
     problems = {}
@@ -485,7 +487,7 @@ def _put_files(f, paths, size, progress):
         _put_pixels(f, (np.stack([*pool.map(load, range(i, min(i + step, len(paths))))]) for i in starts), (len(paths), size, size, 3), np.uint8)
     return problems
 
-# %% ../../nbs/11_data.hdf5.ipynb #b3cddbf5
+# %% ../../nbs/11_data.hdf5.ipynb #f23452ea
 def pack_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     out, # HDF5 file to write

@@ -115,7 +115,7 @@ def _fitting(s, flux):
         raise GalaxyDataError(f'The image has {flux.shape[-3]} bands and the stretch has limits for {len(s.low)}; fit it to such images.')
     return flux
 
-# %% ../../nbs/10_data.stretch.ipynb #7b145268
+# %% ../../nbs/10_data.stretch.ipynb #e056ac91
 def _stretch_array(s, flux):
     if flux.ndim > 3: return np.array([_stretch_array(s, image) for image in flux], np.float32).reshape(flux.shape)
     flux = flux.astype(np.result_type(flux, np.float32), copy=False)
@@ -129,7 +129,7 @@ def _softening(s):
     "Arguments of the curve"
     return () if s.name in ('sqrt', 'linear') else (s.a or (1000. if s.name == 'log' else .1),)
 
-# %% ../../nbs/10_data.stretch.ipynb #58ac63cf
+# %% ../../nbs/10_data.stretch.ipynb #422b07b5
 def _limits(s, band, i=0):
     "Flux that becomes 0 and 1 in a band, the `i`th of its image"
     if s.low: return s.low[i % len(s.low)], s.high[i % len(s.high)]
@@ -143,14 +143,14 @@ def _percentiles(s):
     if s.interval == 'minmax': return 0., 100.
     return s.percent if isinstance(s.percent, tuple) else (50 - s.percent/2, 50 + s.percent/2)
 
-# %% ../../nbs/10_data.stretch.ipynb #c44a428c
+# %% ../../nbs/10_data.stretch.ipynb #ff599562
 def _keep_colour(x, curve):
     "Lupton et al. (2004), for any number of bands"
     mean = x.mean(0)
     x = (x*np.where(mean > 0, curve(mean, clip=False)/np.where(mean > 0, mean, 1), 0)).clip(0)
     return x/x.max(0).clip(1)
 
-# %% ../../nbs/10_data.stretch.ipynb #ac1fb163
+# %% ../../nbs/10_data.stretch.ipynb #a7b08bcd
 def _stretch_tensor(s, flux):
     x = flux.as_subclass(torch.Tensor)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -172,7 +172,7 @@ def _keep_colour_tensor(x, a):
     x = (x*torch.where(mean > 0, (safe/a).asinh()/safe/asinh(1/a), 0)).clamp(min=0)
     return x/x.amax(-3, keepdim=True).clamp(min=1)
 
-# %% ../../nbs/10_data.stretch.ipynb #618104f0
+# %% ../../nbs/10_data.stretch.ipynb #61fc6876
 def _tensor_limits(s, x):
     "Lowest flux of each band and the width of its interval, to be broadcast over pixels"
     if s.low: limits = torch.tensor([s.low, s.high], dtype=torch.float64).T
@@ -190,7 +190,7 @@ def _tensor_percentiles(x, percents):
     below, above = (values.gather(-1, r.long().to(x.device)).cpu().double() for r in (rank.floor(), rank.ceil()))
     return torch.where(last < 0, 0, below.lerp(above, rank % 1))
 
-# %% ../../nbs/10_data.stretch.ipynb #c7217480
+# %% ../../nbs/10_data.stretch.ipynb #d36279ee
 microns = dict(FUV=.153, NUV=.231, u=.355, U=.365, B=.445, g=.48, V=.551, r=.62, R=.658, VIS=.715, i=.76, I=.806, z=.9, y=.97, Y=1.02,
                 J=1.25, H=1.65, Ks=2.15, K=2.2, W1=3.4, W2=4.6, W3=12, W4=22)
 filter_pattern = re.compile(r'F(\d{3,4})(LP|[WMNX])2?$')
@@ -206,19 +206,7 @@ def blue_to_red(bands):
     known = [wavelength(b) for b in bands]
     return list(range(len(bands))) if None in known else sorted(range(len(bands)), key=known.__getitem__)
 
-# %% ../../nbs/10_data.stretch.ipynb #98befa6d
-def bands_to_rgb(
-    x, # Array or tensor `bands x H x W`, 0..1
-    bands=(), # As in `Stretch.picture`
-    rgb=None, # As in `Stretch.picture`
-)->np.ndarray: # `H x W x 3`, uint8
-    "A stretched image as a picture; of two bands, green is the mean"
-    if isinstance(x, torch.Tensor): x = x.detach().cpu().float().numpy()
-    x = x[_shown(len(x), bands, rgb)]
-    green = x[1] if len(x) == 3 else (x[0] + x[-1])/2
-    return np.round(255*np.stack([x[-1], green, x[0]], -1).clip(0, 1)).astype(np.uint8)
-
-# %% ../../nbs/10_data.stretch.ipynb #1cd8c06b
+# %% ../../nbs/10_data.stretch.ipynb #edaea64f
 def _shown(n, bands, rgb):
     "Numbers of the one, two or three bands that a picture shows"
     names = [str(b) for b in bands] or list(range(n))
@@ -233,7 +221,19 @@ def _named(rgb, names):
     if len(use) == 3 and set(use) <= set(names): return [names.index(b) for b in use[::-1]]
     raise GalaxyDataError(f"rgb is {rgb}; give three of the bands {', '.join(map(str, names))}, the red one first.")
 
-# %% ../../nbs/10_data.stretch.ipynb #c51f4ab5
+# %% ../../nbs/10_data.stretch.ipynb #edc0f333
+def bands_to_rgb(
+    x, # Array or tensor `bands x H x W`, 0..1
+    bands=(), # As in `Stretch.picture`
+    rgb=None, # As in `Stretch.picture`
+)->np.ndarray: # `H x W x 3`, uint8
+    "A stretched image as a picture; of two bands, green is the mean"
+    if isinstance(x, torch.Tensor): x = x.detach().cpu().float().numpy()
+    x = x[_shown(len(x), bands, rgb)]
+    green = x[1] if len(x) == 3 else (x[0] + x[-1])/2
+    return np.round(255*np.stack([x[-1], green, x[0]], -1).clip(0, 1)).astype(np.uint8)
+
+# %% ../../nbs/10_data.stretch.ipynb #b1b02486
 def lupton_stretch(
     stretch:float=.5, # Flux above `minimum` over which the picture is about linear
     q:float=8, # Softening: more shows brighter light
@@ -245,7 +245,7 @@ def lupton_stretch(
     a = 1/sinh(10*asinh(q/10))
     return Stretch('lupton', a=a, low=minimum, high=np.add(minimum, stretch/(q*a)))
 
-# %% ../../nbs/10_data.stretch.ipynb #a396f872
+# %% ../../nbs/10_data.stretch.ipynb #a18eaff2
 def _fit(s, images, rows, percent, pixels, seed):
     if not 50 < percent <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
     flux = _sample(images, rows, pixels, seed)
@@ -261,7 +261,7 @@ def _turn(name, share):
     if name in ('sqrt', 'linear') or share == 0: return None
     return 1/share if name == 'log' else share
 
-# %% ../../nbs/10_data.stretch.ipynb #add0a4d4
+# %% ../../nbs/10_data.stretch.ipynb #d06a4760
 def _sample(images, rows, pixels, seed):
     "Random pixels of random cut-outs, `n x pixels x bands`"
     rng = np.random.default_rng(seed)
@@ -273,7 +273,7 @@ def _sample(images, rows, pixels, seed):
         return flux[rng.choice(len(flux), min(len(flux), max(1, pixels//len(rows))), replace=False)]
     return np.stack([some(images[i]) for i in rows]).astype(float)
 
-# %% ../../nbs/10_data.stretch.ipynb #b4d8a1ee
+# %% ../../nbs/10_data.stretch.ipynb #3a459137
 def _sky(flux):
     "Level and noise of the sky in each band: the median cut-out's, where those whose sky is constant have no noise to tell"
     with warnings.catch_warnings():
