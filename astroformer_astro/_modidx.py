@@ -623,6 +623,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images._named': ( 'data.images.html#_named',
                                                                                          'astroformer_astro/data/images.py'),
+                                               'astroformer_astro.data.images._range': ( 'data.images.html#_range',
+                                                                                         'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images._side': ( 'data.images.html#_side',
                                                                                         'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images.bar': ( 'data.images.html#bar',

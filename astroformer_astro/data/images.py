@@ -56,7 +56,7 @@ def _begins(path):
     if not start: return 'the file is empty'
     return 'it is a web page' if start.lower().startswith((b'<!doctype', b'<html')) else f'it begins with {start[:12]!r}'
 
-# %% ../../nbs/10_data.images.ipynb #6b5316c9
+# %% ../../nbs/10_data.images.ipynb #ff29c2d9
 @dataclass
 class GalaxySet:
     "Cut-outs of one size and a catalogue row for each"
@@ -84,12 +84,17 @@ class GalaxySet:
         n, bands = self.catalog.label.value_counts(), f" in {' '.join(self.bands)}" if self.bands else ''
         lines = [f'{len(self)} galaxies of {self.images.shape[1]} px{bands} from {self.source}',
                  '  ' + ', '.join(f'{c} {n.get(c, 0)}' for c in self.classes)]
-        if 'pxscale' in self.catalog: lines.append(f'  {self.catalog.pxscale.min():.3g} to {self.catalog.pxscale.max():.3g} arcsec/px' + f', {int(self.catalog.pxscale.isna().sum())} unknown'*bool(self.catalog.pxscale.isna().any()))
+        if 'pxscale' in self.catalog: lines.append(f'  {_range(self.catalog.pxscale)} arcsec/px')
         if (unit := getattr(self.reader, 'unit', None)): lines.append(f'  flux in {unit}')
         if 'masked' in self.catalog and (n := int((self.catalog.masked > .05).sum())): lines.append(f'  {n} with more than 5 % of their pixels not measured, at most {self.catalog.masked.max():.1%}')
         if 'redshift' in self.catalog: lines.append(f'  {int(self.catalog.redshift.isna().sum())} without a redshift')
         if len(self.skipped): lines.append(f"  {len(self.skipped)} row{'s'*(len(self.skipped) > 1)} left out: {_named(self.skipped)}")
         return '\n'.join(lines)
+
+def _range(values):
+    known, gaps = values.dropna(), int(values.isna().sum())
+    text = ' to '.join(dict.fromkeys(f'{v:.3g}' for v in (known.min(), known.max()))) if len(known) else 'no'
+    return text + (f' ({gaps} unknown)' if gaps else '')
 
 def _named(skipped, most=3):
     shown = '; '.join(f'row {r.row}: {r.problem}' for r in skipped[:most].itertuples())
