@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['spread', 'bench_accuracy', 'bench_transfer', 'hostile_file', 'reads_per_second', 'bench_data']
 
-# %% ../nbs/59_bench.ipynb #23ec6cc6
-import subprocess, sys, tempfile, time
+# %% ../nbs/59_bench.ipynb #1ac1b241
+import ast, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd, timm, torch
@@ -15,7 +15,7 @@ from .data.augment import BandDropout, BandGain, Cutout, GalaxyAugment, Seeing, 
 from .data.block import GalaxyDataLoaders
 from .data.hdf5 import read_hdf5
 from .data.images import read_catalog
-from .data.sky import label_subsets, position_columns, sky_groups
+from .data.sky import cutout_separation, label_subsets, position_columns, sky_groups
 from .job import default_epochs, fit, write_json
 from .learner import astroformer_learner, evaluate, fine_tune_recipe
 from .models.astroformer import model_cfgs
@@ -31,15 +31,22 @@ def spread(
     "Mean and standard deviation (n - 1) over the seeds"
     return rows.groupby(by, sort=False)[list(columns)].agg(['mean', 'std']).round(4)
 
-# %% ../nbs/59_bench.ipynb #14b66cd6
+# %% ../nbs/59_bench.ipynb #3b573bf9
 def _timed_fit(learn, epochs, fine_tune=False):
     start = time.perf_counter()
     fit(learn, epochs, fine_tune)
     return time.perf_counter() - start
 
-def _arch(name, dls):
-    if name in model_cfgs: return name
-    return timm.create_model(name, num_classes=len(dls.vocab), in_chans=len(dls.stats[0]))
+def _words(arch):
+    "`astroformer_pico layout=CCTT` as its name and its fields"
+    name, *fields = arch.split()
+    pairs = dict(f.split('=', 1) for f in fields)
+    return name, {k: v if not re.fullmatch(r'True|False|[\d.]+', v) else ast.literal_eval(v) for k, v in pairs.items()}
+
+def _bench_learner(dls, arch):
+    name, fields = _words(arch)
+    if name in model_cfgs: return astroformer_learner(dls, name, **fields)
+    return astroformer_learner(dls, timm.create_model(name, num_classes=len(dls.vocab), in_chans=len(dls.stats[0]), **fields))
 
 def _report(rows, by, columns, out, **settings):
     table = spread(pd.DataFrame(rows), by, *columns)
@@ -47,12 +54,12 @@ def _report(rows, by, columns, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
     return pd.DataFrame(rows)
 
-# %% ../nbs/59_bench.ipynb #43fd9ec0
+# %% ../nbs/59_bench.ipynb #03ef5488
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
-    archs:str='astroformer_pico', # Networks, by commas; ours or timm's
+    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`
     seeds:int=3, # Runs of each
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
@@ -60,17 +67,17 @@ def bench_accuracy(
 )->pd.DataFrame:
     "Accuracy on a fixed stratified fifth, from scratch, mean and spread over seeds"
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
-    for arch in archs.split(','):
+    for arch in map(str.strip, archs.split(',')):
         for seed in range(seeds):
             seed_everything(seed)
             dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
-            learn = astroformer_learner(dls, _arch(arch, dls))
+            learn = _bench_learner(dls, arch)
             seconds = _timed_fit(learn, epochs or default_epochs(len(dls.train_ds)))
             parameters = sum(p.numel() for p in learn.model.parameters())
             rows.append(dict(arch=arch, seed=seed, parameters=parameters, seconds=seconds) | evaluate(learn)['metrics'])
     return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, epochs=epochs, size=size)
 
-# %% ../nbs/59_bench.ipynb #22586479
+# %% ../nbs/59_bench.ipynb #73441948
 def bench_transfer(
     catalog:str, # CSV or Parquet table of image files: the new survey
     pretrained:str, # Weights of the old survey
@@ -86,7 +93,7 @@ def bench_transfer(
     "Few labels of a new survey: from scratch against fine-tuned, same galaxies, same number of epochs"
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
     where = position_columns(galaxies.catalog)
-    groups = sky_groups(*where) if where else np.arange(len(galaxies))
+    groups = sky_groups(*where, cutout_separation(galaxies)) if where else np.arange(len(galaxies))
     for seed in range(seeds):
         train = label_subsets(galaxies.catalog.label, per_class, seed=seed)[per_class]
         test = np.flatnonzero(~np.isin(groups, groups[train]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_epochs', 'seconds_per_epoch', 'telling_cases', 'Job', 'train_network', 'explain_cases', 'run_job']
 
-# %% ../nbs/56_job.ipynb #d824af79
+# %% ../nbs/56_job.ipynb #9863b3c0
 import copy, itertools, json, platform, shlex, sys, time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
@@ -18,6 +18,7 @@ from .data.block import GalaxyDataLoaders
 from .data.fits import holds_fits, read_fits_catalog
 from .data.hdf5 import read_hdf5
 from .data.images import read_catalog
+from .data.sky import _arcsec_said
 from .interpret.attribution import Explainer
 from .interpret.plot import plot_explanation
 from .learner import astroformer_learner, evaluate, fine_tune_recipe
@@ -207,7 +208,7 @@ def _plain(o):
     if is_dataclass(o): return asdict(o)
     return str(o) if isinstance(o, Path) else o.tolist()
 
-# %% ../nbs/56_job.ipynb #6d2b2559
+# %% ../nbs/56_job.ipynb #0f316fb3
 def fit(learn, epochs, fine_tune=False): # Losses and metrics, a row an epoch; how many of them are of the head alone
     "Train with a line an epoch, having said what comes and how long it will take"
     stages = _stages(learn, epochs, fine_tune)
@@ -217,9 +218,7 @@ def fit(learn, epochs, fine_tune=False): # Losses and metrics, a row an epoch; h
         else: learn.fit_one_cycle(epochs)
     return lines.values, stages[0].epochs if fine_tune else 0
 
-_separation = 60. # arcsec
-
-# %% ../nbs/56_job.ipynb #b0d994b3
+# %% ../nbs/56_job.ipynb #32ddb894
 def train_network(
     job:Job, # Settings
     galaxies, # `GalaxySet` to train on
@@ -227,19 +226,19 @@ def train_network(
     "Split, train from scratch or from `job.pretrained`, evaluate and save"
     job, old = _with_network(job)
     seed_everything(job.seed)
-    dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=job.split_seed, separation=_separation)
+    dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=job.split_seed)
     learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **({} if old is None else dict(strides=old.cfg.strides)))
     curves, frozen = fit(learn, job.epochs or default_epochs(len(dls.train_ds)), fine_tune=old is not None)
     scores = evaluate(learn) | dict(curves=curves, frozen=frozen, origin=_origin(job, old, dls.vocab))
     save_astroformer(learn, Path(job.out)/'galaxies', job=asdict(job), source=galaxies.source, metrics=scores['metrics'])
     return learn, scores
 
-# %% ../nbs/56_job.ipynb #8de90fa9
+# %% ../nbs/56_job.ipynb #6494ad00
 def second_survey(job, learn): # Scores on held-out galaxies of survey b, `before` and `after`
     "Fine-tune the saved weights to half of 400 galaxies of simulated survey b"
     b = _simulate(job, 'b', 400, job.seed + 2)
     seed_everything(job.seed)
-    dls = GalaxyDataLoaders.from_galaxies(b, valid_pct=.5, seed=job.split_seed, separation=_separation)
+    dls = GalaxyDataLoaders.from_galaxies(b, valid_pct=.5, seed=job.split_seed)
     tuned = astroformer_learner(dls, arch_name(learn.model.cfg), pretrained=Path(job.out)/'galaxies', strides=learn.model.cfg.strides)
     fit(tuned, 10, fine_tune=True)
     save_astroformer(tuned, Path(job.out)/'galaxies_b', source=b.source)
@@ -257,16 +256,17 @@ def explain_cases(
     right, wrong = telling_cases(scores['y'], scores['p'], n)
     return dict(right=[draw(i) for i in right], wrong=[draw(i) for i in wrong])
 
-# %% ../nbs/56_job.ipynb #497e0b98
+# %% ../nbs/56_job.ipynb #e4abedfc
 def _split(dls):
     n = f'{len(dls.train_ds):,} to train on, {len(dls.valid_ds):,} held out, each class in its proportion'
     if dls.groups is None: return n + '; no positions are known, so neighbours on the sky may stand on both sides'
-    return n + f'; galaxies less than {_separation:.0f} arcsec apart on one side ({counted(len(set(dls.groups)), "group")} on the sky)'
+    return n + f'; galaxies less than {_arcsec_said(dls.separation)} apart on one side ({counted(len(set(dls.groups)), "group")} on the sky)'
 
 def _loss(learn):
     w, loss, names = learn.loss_func.func.weight.cpu(), learn.loss_func.func, list(learn.dls.vocab)
-    heavy, light = names[w.argmax()], names[w.argmin()]
-    return (f'cross-entropy; a galaxy of the class {heavy} counts {w.max()/w.min():.1f} times as much as one of {light}, and {loss.label_smoothing:.0%} of each answer is spread over all classes. '
+    heavy, light, spread = names[w.argmax()], names[w.argmin()], f'{loss.label_smoothing:.0%} of each answer is spread over all classes'
+    if w.max() < 1.05*w.min(): return f'cross-entropy; galaxies of all classes count alike, and {spread}. The probabilities are not calibrated'
+    return (f'cross-entropy; a galaxy of the class {heavy} counts {w.max()/w.min():.1f} times as much as one of {light}, and {spread}. '
             'The probabilities lean towards rare classes for that, and are not calibrated')
 
 def _machine():

@@ -15,7 +15,7 @@ from astroformer_astro.data import benchmarks as module
 from astroformer_astro.data.benchmarks import (FlipShift, benchmark_dataloaders, benchmarks, check_benchmark, data_folder, fetch_benchmark,
                                                galaxy10_decals, galaxy10_sdss, galaxy10_sdss_classes, read_benchmark, resume_download)
 from astroformer_astro.data.block import GalaxyDataLoaders
-from astroformer_astro.data.hdf5 import read_hdf5
+from astroformer_astro.data.hdf5 import read_hdf5, repack
 from astroformer_astro.data.tensor import TensorGalaxy
 from astroformer_astro.synth import synth_galaxy10
 
@@ -255,6 +255,22 @@ def test_sdss_carries_its_own_names(survey, monkeypatch, tmp_path):
     assert g.classes == galaxy10_sdss_classes and np.array_equal(np.asarray(g.images), np.asarray(plain.images))
     assert [galaxy10_sdss_classes.index(l) for l in g.catalog.label] == [galaxy10_classes.index(l) for l in plain.catalog.label]
     assert read_benchmark('galaxy10_sdss', tmp_path, size=32, progress=False).classes == galaxy10_sdss_classes
+
+
+def test_sdss_needs_no_second_copy_of_its_pixels(survey, monkeypatch, tmp_path):
+    path, b = survey
+    shutil.copy(path, tmp_path)
+    monkeypatch.setitem(benchmarks, 'galaxy10_sdss', replace(b, classes=galaxy10_sdss_classes))
+    named = galaxy10_sdss(tmp_path)
+    assert named.stat().st_size < 10_000 < path.stat().st_size
+    moved = tmp_path.rename(tmp_path.with_name('elsewhere'))             # together with the published file
+    assert read_hdf5(moved/named.name, size=40, progress=False).classes == galaxy10_sdss_classes
+    dls = GalaxyDataLoaders.from_hdf5(moved/named.name, size=32, bs=8, num_workers=2, progress=False)
+    assert dls.one_batch()[0].shape == (8, 3, 32, 32)
+    packed = repack(moved/named.name, 24, progress=False)
+    assert read_hdf5(packed, 24, progress=False).classes == galaxy10_sdss_classes
+    (moved/'a.h5').unlink()
+    with pytest.raises(GalaxyDataError, match="Galaxy10_SDSS.h5 has no dataset 'images'"): read_hdf5(moved/named.name, size=40, progress=False)
 
 
 def test_real_galaxies_in_the_published_layout(tmp_path):

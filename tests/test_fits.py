@@ -225,3 +225,77 @@ def test_a_flipped_bit_under_a_check_sum_is_never_read(tmp_path, good):
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 16]) + raw[i+1:])
         with pytest.raises(GalaxyDataError, match='disagrees with its own check sum'): read_fits(path)
         assert np.isfinite(read_fits(path, checksum=False).data).all()
+
+
+@pytest.fixture
+def mixed(tmp_path, sky):
+    "Ten files in four kinds, the first of which is not what most are: two in counts, five in nanomaggies, one of them in nJy, two of five bands, one without a unit; all of the same galaxy but for the unit"
+    kinds = ['ADU']*2 + ['nanomaggy']*4 + ['nJy'] + ['five']*2 + ['']
+    for i, k in enumerate(kinds):
+        data = sky if k == 'five' else sky[:3]*(3631 if k == 'nJy' else 1)
+        fits.writeto(tmp_path/f'{i}.fits', data, header(BANDS='grizy' if k == 'five' else 'gri', **dict(BUNIT='nanomaggy' if k == 'five' else k) if k else {}))
+    return tmp_path, pd.DataFrame(dict(file=[f'{i}.fits' for i in range(10)], label=list('ab')*5))
+
+
+def test_files_of_several_kinds_are_tallied(mixed):
+    folder, table = mixed
+    with pytest.raises(GalaxyDataError) as e: read_fits_catalog(table, folder, progress=False)
+    for words in ('mixes files of 4 kinds: 5 in nanomaggies with bands g r i (row 2: 2.fits), 2 in counts with bands g r i (row 0: 0.fits), 2 in nanomaggies with bands g r i z y (row 7: 7.fits), '
+                  '1 without a unit with bands g r i (row 9: 9.fits)', 'zeropoint=', "bands='g r i'", 'bad=skip'): assert words in str(e.value), words
+    assert '\n' not in str(e.value)
+    (folder/'4.fits').write_bytes(b'')
+    with pytest.raises(GalaxyDataError, match=r'4 in nanomaggies with bands g r i .*; and 1 cannot be read \(row 4: .*4.fits is not a FITS file'): read_fits_catalog(table, folder, progress=False)
+
+
+def test_what_most_files_are_is_the_standard(mixed, sky):
+    folder, table = mixed
+    s = read_fits_catalog(table, folder, size=64, bad='skip', progress=False)
+    assert s.catalog.file.tolist() == [f'{i}.fits' for i in range(2, 7)] and s.skipped.row.tolist() == [0, 1, 7, 8, 9]
+    assert (s.reader.unit, s.reader.bands) == ('nanomaggies', ('g', 'r', 'i'))
+    for image in s.images: assert np.allclose(image[::-1], np.moveaxis(sky[:3], 0, -1), rtol=1e-5)
+    assert s.skipped.problem[0] == '0.fits is in counts with bands g r i, unlike 5 of the 10 that can be read, in nanomaggies with bands g r i'
+    assert '9.fits is without a unit' in s.skipped.problem[4] and np.allclose(s.catalog.pxscale, .4)
+
+
+def test_a_file_that_vanishes_before_the_second_look_is_listed(mixed, monkeypatch):
+    folder, table = mixed
+    cutout, seen = FitsReader.cutout, []
+    def once(self, path, *where):
+        seen.append(path)
+        if path.name == '3.fits' and seen.count(path) == 2: path.unlink()
+        return cutout(self, path, *where)
+    monkeypatch.setattr(FitsReader, 'cutout', once)
+    s = read_fits_catalog(table, folder, size=64, bad='skip', progress=False)
+    assert s.skipped.row.tolist() == [0, 1, 3, 7, 8, 9] and s.skipped.problem[2].endswith('3.fits does not exist') and np.isfinite(s.images).all()
+
+
+def test_the_way_out_that_the_tally_names_is_one(mixed, sky):
+    folder, table = mixed
+    s = read_fits_catalog(table, folder, size=64, bands='g r i', zeropoint=22.5, progress=False)
+    assert len(s) == 10 and not len(s.skipped)
+    for image in s.images: assert np.allclose(image[::-1], np.moveaxis(sky[:3], 0, -1), rtol=1e-5)
+    with pytest.raises(GalaxyDataError, match="unit='auto'"): read_fits_catalog(table[2:7], folder, unit='keep', progress=False)
+
+
+def test_fluxes_come_in_the_unit_asked_for(mixed, sky):
+    folder, table = mixed
+    s = read_fits_catalog(table[2:7], folder, size=64, unit='uJy', progress=False)
+    for image in s.images: assert np.allclose(image[::-1], np.moveaxis(sky[:3]*3.631, 0, -1), rtol=1e-5)
+    assert s.reader.unit == 'uJy' and np.allclose(s.reader(folder/'2.fits'), s.images[0])
+    with pytest.raises(GalaxyDataError, match="is in 'counts' where 'uJy' is wanted"): s.reader(folder/'0.fits')
+
+
+def test_a_zero_point_is_for_headers_without(tmp_path, sky):
+    fits.writeto(tmp_path/'a.fits', sky[0], header(FILTER='g', BUNIT='adu', MAGZERO=25.))
+    fits.writeto(tmp_path/'b.fits', sky[0], header(FILTER='g', BUNIT='adu'))
+    a, b = (read_fits(tmp_path/f, zeropoint=22.5).data for f in ('a.fits', 'b.fits'))
+    assert np.allclose(b, sky[0]) and np.allclose(a, sky[0]/10)
+
+
+@needs_real
+def test_real_files_of_all_kinds_are_tallied_and_most_are_kept():
+    files = [str(p.relative_to(real)) for k in ('sdss_r_single', 'decals_grz_cube', 'hsc_grizy_cube') for p in sorted((real/k).glob('*.fit*'))]
+    table = pd.DataFrame(dict(file=files, label=(['a', 'b']*len(files))[:len(files)]))
+    with pytest.raises(GalaxyDataError, match='5 without a unit with bands g r z .*3 in nanomaggies with bands r '): read_fits_catalog(table, real, progress=False)
+    s = read_fits_catalog(table, real, bad='skip', progress=False)
+    assert s.bands == ('g', 'r', 'z') and len(s) == 5 and len(s) + len(s.skipped) == len(files)

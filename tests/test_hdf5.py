@@ -94,6 +94,34 @@ def test_workers_read_lazily(start, tmp_path):
     with h5py.File(tmp_path/'s.h5') as f: assert np.array_equal(torch.cat(list(dl)), f['images'][:])
 
 
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+def test_some_rows_of_a_mapped_file_stay_in_it(start, tmp_path):
+    g = read_hdf5(hostile(tmp_path/'s.h5'), size=32, progress=False, in_memory=0)
+    some = g.take(np.arange(60) != 7).take(range(3, 50))
+    assert len(some) == 47 and len(pickle.dumps(some.images)) < 2000
+    rows = np.delete(np.arange(60), 7)[3:50]
+    dl = torch.utils.data.DataLoader(Rows(some.images), batch_size=7, num_workers=1, multiprocessing_context=start)
+    with h5py.File(tmp_path/'s.h5') as f: assert np.array_equal(torch.cat(list(dl)), f['images'][:][rows])
+    back = read_hdf5(pack(some, tmp_path/'o.h5', progress=False), size=32, progress=False)
+    assert same(back, some)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
+def test_one_unusable_row_does_not_bring_the_others_into_memory(tmp_path):
+    for k in range(3): Image.fromarray(rng.integers(0, 255, (512, 512, 3), np.uint8)).save(tmp_path/f'{k}.png', compress_level=1)
+    pd.DataFrame(dict(file=[f'{k % 3}.png' for k in range(400)] + ['none.png'], label='a')).to_csv(tmp_path/'t.csv', index=False)
+    with python('''
+        import re, sys
+        from functools import partial
+        import astroformer_astro.data.images as images
+        images.pixel_store = partial(images.pixel_store, in_memory=0)
+        own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])//1024      # without the pages of files
+        before = own()
+        g = images.read_catalog(sys.argv[1], size=512, bad='skip', progress=False)
+        print(len(g), own() - before)''', tmp_path/'t.csv') as p: said = p.stdout.read().split()
+    assert said[0] == '400' and int(said[1]) < 100, said
+
+
 def test_a_pickle_of_another_file_is_refused(tmp_path):
     g = read_hdf5(pack(survey(), tmp_path/'s.h5', progress=False), size=8, progress=False)
     kept = pickle.dumps(g.images)

@@ -2,6 +2,7 @@
 import json, random, re, shlex, shutil, subprocess
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import anno_parser
@@ -10,7 +11,7 @@ from PIL import Image
 from astroformer_astro.cli import main
 from astroformer_astro.core import galaxy10_classes, seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
-from astroformer_astro.job import Job, seconds_per_epoch
+from astroformer_astro.job import Job, _loss, seconds_per_epoch
 from astroformer_astro.learner import astroformer_learner
 from astroformer_astro.models.checkpoint import read_card
 from astroformer_astro.synth import synth_arrays, synth_galaxy10
@@ -143,3 +144,13 @@ def test_make_hands_its_options_on():
     names = dict(DATA='data', CATALOG='catalog', IMAGES='images', FILE='x', LABEL='y', CLASSES='classes', BAD='bad', ARCH='arch', SIZE='size', EPOCHS='epochs', PRETRAINED='pretrained', SEED='seed')
     done = subprocess.run(['make', '-n', 'demo', *[f'{k}=a {v}' for k, v in names.items()]], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     for v in names.values(): assert f'--{v} "a {v}"' in done.stdout
+
+
+def told_of_loss(*weights):
+    loss = SimpleNamespace(weight=torch.tensor(weights), label_smoothing=.1)
+    return _loss(SimpleNamespace(loss_func=SimpleNamespace(func=loss), dls=SimpleNamespace(vocab=['elliptical', 'spiral'])))
+
+
+def test_classes_of_equal_number_are_not_weighed_against_each_other():
+    assert 'spiral counts 1.5 times as much as one of elliptical' in told_of_loss(1., 1.5)
+    for alike in (1., 1.), (1., 1.04): assert 'all classes count alike' in told_of_loss(*alike) and 'times as much' not in told_of_loss(*alike) and 'rare' not in told_of_loss(*alike)

@@ -8,7 +8,9 @@ from astropy.coordinates import SkyCoord, search_around_sky
 from hypothesis import assume, given, settings, strategies as st
 
 from astroformer_astro.core import GalaxyDataError
-from astroformer_astro.data.sky import (_deal, _joined, cite_split, duplicates, k_folds, label_subsets, leak_report, load_split, save_split,
+from astroformer_astro.data.block import GalaxyDataLoaders
+from astroformer_astro.data.images import GalaxySet
+from astroformer_astro.data.sky import (_deal, _joined, cite_split, cutout_separation, duplicates, k_folds, label_subsets, leak_report, load_split, save_split,
                                         sky_groups, split_by_column, split_galaxies)
 
 real = Path(__file__).parent.parent.parent/'shared'/'data'/'ngc_sdss'/'labels.csv'
@@ -91,6 +93,56 @@ def test_dense_clumps_just_apart_stay_apart():
     ra, dec = (np.repeat(p, 20)*70 + o for p, o in zip((x, y), offset))
     assert np.array_equal(sky_groups(ra/3600 + 10, dec/3600, 60), np.repeat(np.arange(64), 20))
     assert sky_groups(ra/3600 + 10, dec/3600, 70).max() == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(skies(), st.integers(0, 2**32))
+def test_each_galaxy_can_have_its_own_separation(sky, seed):
+    "Two are linked where they are closer than the mean of theirs"
+    ra, dec, separation = sky
+    own = separation*10**np.random.default_rng(seed).uniform(-1, 1, len(ra))
+    c = SkyCoord(ra, dec, unit='deg')
+    i, j, apart, _ = search_around_sky(c, c, 1.001*own.max()*u.arcsec)
+    mean = (own[i] + own[j])/2
+    assume((abs(apart.arcsec/mean - 1) > 1e-7).all())
+    i, j = i[near := apart.arcsec < mean], j[near]
+    assert np.array_equal(sky_groups(ra, dec, own), _joined(len(ra), np.array([i, j])))
+    half = np.arange(len(ra)) % 2 == 0
+    report = leak_report(ra, dec, np.flatnonzero(half), np.flatnonzero(~half), own)
+    assert report.pairs == (i < j).sum() and set(report.leaked) == set(i[~half[i] & half[j]])
+
+
+def test_one_wide_cutout_in_a_crowd_fits_into_memory():
+    rng = np.random.default_rng(0)
+    ra, dec = 150 + rng.uniform(0, .001, 20_000), rng.uniform(0, .001, 20_000)
+    assert sky_groups(ra, dec, np.where(np.arange(20_000) == 7, 900., 60)).max() == 0
+
+
+def wide_and_narrow(**columns):
+    "Pairs 100 arcsec apart at declination 0: the cut-outs of the first pair are 80 arcsec wide, of the second 40; then lonely galaxies"
+    ra = np.r_[10, 10 + 100/3600, 20, 20 + 100/3600, 30:46]
+    cat = pd.DataFrame(dict(ra=ra, dec=0., label=list('ab')*10, pxscale=[5., 5., 2.5, 2.5] + [1.]*16)).assign(**columns)
+    return GalaxySet(np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), np.uint8), cat, ('a', 'b'))
+
+
+def test_the_loaders_keep_cutouts_that_share_sky_together(capsys):
+    dls = GalaxyDataLoaders.from_galaxies(wide_and_narrow(), valid_pct=.5, device='cpu')
+    assert dls.groups[0] == dls.groups[1] and dls.groups[2] != dls.groups[3]
+    dls.summary()
+    assert 'closer than 60 to 113 arcsec (the diagonals of their cut-outs, 60 at least)' in (said := capsys.readouterr().out) and 'the largest of 2' in said
+    plain = GalaxyDataLoaders.from_galaxies(wide_and_narrow(), valid_pct=.5, separation=60, device='cpu')
+    assert len(set(plain.groups)) == 20
+    plain.summary()
+    assert 'closer than 60 arcsec (as asked)' in capsys.readouterr().out
+    GalaxyDataLoaders.from_galaxies(wide_and_narrow(pxscale=np.nan), valid_pct=.5, device='cpu').summary()
+    assert 'closer than 60 arcsec (no pixel scale is known)' in capsys.readouterr().out
+
+
+def test_without_a_pixel_scale_the_separation_is_a_minute():
+    for pxscale in (np.nan, -9., np.inf): assert cutout_separation(wide_and_narrow(pxscale=pxscale)) == 60
+    g = wide_and_narrow()
+    g.catalog = g.catalog.drop(columns='pxscale')
+    assert cutout_separation(g) == 60 and len(set(GalaxyDataLoaders.from_galaxies(g, device='cpu').groups)) == 20
 
 
 def whole(groups, *parts):
@@ -216,6 +268,25 @@ def test_nothing_is_written_where_galaxies_cannot_be_told_apart(tmp_path):
     for rows in ([0, 2], [0]):
         with pytest.raises(GalaxyDataError, match='id_column='): save_split(tmp_path/'s', cat[:len(rows) + 1], dict(train=rows))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not real.exists(), reason=f'real galaxies are not at {real}')
+def test_real_cutouts_share_no_sky_across_a_split():
+    "Large galaxies have large cut-outs: at one separation for all, cut-outs up to 18 arcmin wide would straddle the split"
+    cat = pd.read_csv(real).assign(label=lambda c: c.coarse4)
+    side, own = 256*cat.pxscale.to_numpy(), cutout_separation(GalaxySet(np.broadcast_to(np.uint8(0), (len(cat), 256, 256, 3)), cat, ()))
+    c = SkyCoord(cat.ra, cat.dec, unit='deg')
+    i, j, _, _ = search_around_sky(c, c, 2*side.max()*u.arcsec)
+    across, along = (abs(o.arcsec) for o in c[i].spherical_offsets_to(c[j]))
+    shared = np.maximum(across, along) < (side[i] + side[j])/2
+    torn = {}
+    for name, separation in dict(minute=60, own=own).items():
+        groups = sky_groups(cat.ra, cat.dec, separation)
+        train, valid = split_galaxies(cat.label, groups)
+        torn[name] = len(set(i[shared & np.isin(i, valid) & np.isin(j, train)]))
+        assert len(valid) == 546 and abs(cat.label[valid].value_counts(normalize=True) - cat.label.value_counts(normalize=True)).max() < .002
+        assert len(leak_report(cat.ra, cat.dec, train, valid, separation).leaked) == 0
+    assert torn == dict(minute=16, own=0) and np.bincount(groups).max() < 10
 
 
 @pytest.mark.skipif(not real.exists(), reason=f'real galaxies are not at {real}')

@@ -200,27 +200,31 @@ def galaxy10_decals(
     "17,736 galaxies of 256 px in ten classes (2.5 GB, downloaded once); raises `GalaxyDataError` unless it is the published file"
     return check_benchmark('galaxy10_decals', fetch_benchmark('galaxy10_decals', folder, progress))
 
-# %% ../../nbs/17_data.benchmarks.ipynb #b07fbc34
+# %% ../../nbs/17_data.benchmarks.ipynb #f9180314
+def _keys(path):
+    with h5py.File(path) as f: return list(f)
+
+# %% ../../nbs/17_data.benchmarks.ipynb #f1a238ed
 def galaxy10_sdss(
     folder=None, # Where files are kept; `data_folder()` by default
     progress:bool=True, # Show a progress bar
-)->Path: # Of `Galaxy10_SDSS.h5`, a copy of `Galaxy10.h5` that carries its class names
+)->Path: # Of `Galaxy10_SDSS.h5`, which carries the class names and links to `Galaxy10.h5` beside it
     "21,785 galaxies of 69 px in ten classes (0.2 GB, downloaded once); raises `GalaxyDataError` unless it is the published file"
     path, b = fetch_benchmark('galaxy10_sdss', folder, progress), benchmarks['galaxy10_sdss']
     named = path.with_name('Galaxy10_SDSS.h5')
     if not named.exists():
-        with atomic_path(named) as tmp:
-            shutil.copyfile(path, tmp)
-            with h5py.File(tmp, 'r+') as f: f.attrs['classes'] = b.classes
+        with atomic_path(named) as tmp, h5py.File(tmp, 'w') as f:
+            f.attrs['classes'] = b.classes
+            for key in _keys(path): f[key] = h5py.ExternalLink(path.name, key)
     return check_benchmark(b, named)
 
-# %% ../../nbs/17_data.benchmarks.ipynb #c355bb0c
+# %% ../../nbs/17_data.benchmarks.ipynb #b7fcdfcc
 def _photographs(pictures, numbers, classes, split, source, size, progress):
     images = pixel_store(len(numbers), size)
     for i, img in enumerate(bar(pictures, progress, len(numbers))): images[i] = to_cutout(img, size)
     return GalaxySet(images, pd.DataFrame(dict(label=np.array(classes)[numbers], split=split)), tuple(classes), str(source))
 
-# %% ../../nbs/17_data.benchmarks.ipynb #0008ca09
+# %% ../../nbs/17_data.benchmarks.ipynb #d0fbb7b5
 def _read_cifar(b, folder, size, progress):
     folder, kind = Path(folder or data_folder()).expanduser(), getattr(datasets, b.name.upper())
     try: parts = [kind(folder, train=t) for t in (True, False)]
@@ -230,14 +234,14 @@ def _read_cifar(b, folder, size, progress):
     _check_contents(b, folder/b.file, pixels.shape, numbers, parts[0].classes)
     return _photographs(pixels, numbers, parts[0].classes, split, folder/b.file, size, progress)
 
-# %% ../../nbs/17_data.benchmarks.ipynb #4e670d76
+# %% ../../nbs/17_data.benchmarks.ipynb #7b74fd9a
 def _unpack_cifar(b, folder, kind, progress):
     path = fetch_benchmark(b, folder, progress)
     try:
         with _alone(folder/b.name): return [kind(folder, train=t, download=True) for t in (True, False)]
     except (RuntimeError, OSError) as e: raise GalaxyDataError(f'{path} cannot be unpacked beside itself ({e}); name a folder you may write to.') from e
 
-# %% ../../nbs/17_data.benchmarks.ipynb #36506d17
+# %% ../../nbs/17_data.benchmarks.ipynb #d0e5261b
 def _read_tiny(b, folder, size, progress):
     path = fetch_benchmark(b, folder, progress)
     with ZipFile(path) as z:
@@ -250,13 +254,13 @@ def _read_tiny(b, folder, size, progress):
         _check_contents(b, path, (len(files), *first.size, 3), numbers, classes)
         return _photographs((Image.open(z.open(n)) for n in files), numbers, classes, split, path, size, progress)
 
-# %% ../../nbs/17_data.benchmarks.ipynb #12206444
+# %% ../../nbs/17_data.benchmarks.ipynb #10ac8b7f
 def _first_words(ids, words):
     "The first of each class's synonyms; with the number of the class where two share it"
     first = [words[i].split(',')[0] for i in ids]
     return [f'{w} ({i})' if first.count(w) > 1 else w for w, i in zip(first, ids)]
 
-# %% ../../nbs/17_data.benchmarks.ipynb #e97a6152
+# %% ../../nbs/17_data.benchmarks.ipynb #6a7bceac
 def read_benchmark(
     name, # A name in `benchmarks`, or a `Benchmark`
     folder=None, # Where files are kept; `data_folder()` by default
@@ -270,7 +274,7 @@ def read_benchmark(
     if b.name == 'tiny_imagenet': return _read_tiny(b, folder, size, progress)
     return read_hdf5(check_benchmark(b, fetch_benchmark(b, folder, progress)), size, b.classes, progress)
 
-# %% ../../nbs/17_data.benchmarks.ipynb #5f353e59
+# %% ../../nbs/17_data.benchmarks.ipynb #495113be
 class FlipShift(DisplayedTransform):
     "Left-right flip of every second picture, and a shift by whole pixels, mirrored beyond the edges"
     order, split_idx = 20, 0
@@ -284,7 +288,7 @@ class FlipShift(DisplayedTransform):
         steps = torch.randint(-most, most + 1, (b, 2), device=dev)*2/side
         return resample(x, affine(torch.zeros(b, device=dev), torch.ones(b, device=dev), steps))
 
-# %% ../../nbs/17_data.benchmarks.ipynb #2696421a
+# %% ../../nbs/17_data.benchmarks.ipynb #f6ece41d
 @delegates(GalaxyDataLoaders.from_galaxies)
 def benchmark_dataloaders(
     name, # A name in `benchmarks`, or a `Benchmark`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'split_rows', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #0517bcd5
+# %% ../../nbs/15_data.block.ipynb #ffb79994
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from ..core import GalaxyDataError
 from .augment import GalaxyAugment, GalaxyTransform
 from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import read_hdf5
-from .images import GalaxySet, PictureReader, read_catalog, to_cutout
+from .images import GalaxySet, PictureReader, _plain, read_catalog, to_cutout
 from PIL import Image
-from .sky import duplicates, row_splitter, sky_groups, position_columns, split_galaxies
+from .sky import _arcsec_said, cutout_separation, duplicates, position_columns, row_splitter, sky_groups, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, band_statistics, collate
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -54,15 +54,20 @@ class CutoutReader:
         if not fits: raise GalaxyDataError(f'{found} is no galaxy of this survey; expected a row number, a path, a catalogue row or an array of {wanted}.')
         return item.astype(np.float32, copy=False) if self.flux else to_cutout(item, self.images.shape[1])
 
-# %% ../../nbs/15_data.block.ipynb #e0d47f34
+# %% ../../nbs/15_data.block.ipynb #4f510526
 class LabelReader:
     "From an item to its class name"
     def __init__(self,
         labels, # Class of each row of the survey
         y:str='label', # Column with the classes, for rows of other catalogues
+        classes=(), # Class names, which numbers in other catalogues count from 0
     ):
-        self.__name__, self.labels, self.y = 'LabelReader', np.asarray(labels), y
-    def __call__(self, item): return item[self.y] if isinstance(item, pd.Series) else self.labels[item]
+        self.__name__, self.labels, self.y, self.classes = 'LabelReader', np.asarray(labels), y, tuple(classes)
+
+    def __call__(self, item):
+        if not isinstance(item, pd.Series): return self.labels[item]
+        label = str(_plain(item[self.y]))
+        return self.classes[int(label)] if label not in self.classes and label in map(str, range(len(self.classes))) else label
 
 # %% ../../nbs/15_data.block.ipynb #17144ffe
 def GalaxyBlock(
@@ -116,9 +121,38 @@ def _rows(rows, name, n):
     if not len(rows) or rows[0] < 0 or rows[-1] >= n: raise GalaxyDataError(f'{name} must name rows from 0 to {n-1}' + (f'; it holds {rows[0]} to {rows[-1]}.' if len(rows) else '; it is empty.'))
     return rows
 
-# %% ../../nbs/15_data.block.ipynb #eab3b21a
-class _GalaxyLoaders(DataLoaders):
+# %% ../../nbs/15_data.block.ipynb #20c972d5
+def _apart(galaxies, separation):
+    "The separation on the sky to use, and why"
+    if separation is not None: return separation, 'as asked'
+    own = cutout_separation(galaxies)
+    return own, 'the diagonals of their cut-outs, 60 at least' if np.ndim(own) else 'no pixel scale is known'
+
+def _sky_said(groups, separation, why, train, valid):
+    if groups is None: return ', without positions on the sky'
+    near = f'closer than {_arcsec_said(separation)} ({why})'
+    if torn := _torn(groups, train, valid): return f', {torn} of them in one group on the sky with one that is trained on: galaxies {near}'
+    return f', {len(set(groups))} groups on the sky kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
+
+# %% ../../nbs/15_data.block.ipynb #74057d6d
+class _KnownGalaxies(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
+    def _know(self, galaxies, groups, separation, why, stats):
+        self.galaxies, self.catalog, self.classes, self.source = galaxies, galaxies.catalog, galaxies.classes, galaxies.source
+        self.groups, self.separation, self.why, self.size = groups, separation, why, galaxies.images.shape[1]
+        self.stats = tuple(np.asarray(s).tolist() for s in stats)
+        return self
+
+    def summary(self):
+        "Print what was read, how it was split, and what a batch is"
+        x, (train, valid) = self.one_batch()[0], (list(d.items) for d in (self.train_ds, self.valid_ds))
+        print(self.galaxies.summary())
+        print(f'{len(train)} to train on, {len(valid)} to validate on' + _sky_said(self.groups, self.separation, self.why, train, valid))
+        print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
+
+# %% ../../nbs/15_data.block.ipynb #9b20b3fc
+class _GalaxyLoaders(_KnownGalaxies):
+    "Loaders of a survey"
     @classmethod
     def from_galaxies(cls,
         galaxies:GalaxySet, # What a reader of this package returned
@@ -127,7 +161,7 @@ class _GalaxyLoaders(DataLoaders):
         seed:int=42, # Decides which are held out
         train=None, # Rows to train on, e.g. of `label_subsets`; all that are not held out by default
         valid=None, # Rows to hold out, instead of a random share
-        separation:float=60., # Galaxies closer than this on the sky stay together, arcsec
+        separation=None, # Galaxies closer than this on the sky stay together, arcsec; by default so that no two cut-outs share sky, and at least 60
         augment=GalaxyAugment, # Transforms for training batches, or a function that makes them; `None` for none
         stats=None, # `(mean, std)` of each band as the network is given them; from the training galaxies by default
         num_workers:int=0, # Processes that load; pixels are in memory or mapped already, so none is fastest
@@ -136,36 +170,20 @@ class _GalaxyLoaders(DataLoaders):
     ):
         "Split without leaks, measure the statistics, and build the loaders"
         position = position_columns(galaxies.catalog)
+        separation, why = _apart(galaxies, separation)
         groups = sky_groups(*position, separation) if position else None
         train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
         _tell_conflicts(galaxies.catalog, position)
         stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), CategoryBlock(vocab=list(galaxies.classes), sort=False)), splitter=row_splitter(train, valid),
-                           get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
+                           get_x=CutoutReader(galaxies), get_y=LabelReader(galaxies.catalog.label, y, galaxies.classes), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
         dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=device, create_batch=collate, dl_type=_RowsDL)
         numbers = np.array([dls.vocab.o2i[l] for l in galaxies.catalog.label])
         for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, numbers)
-        return cls(*dls.loaders, device=dls.device)._know(galaxies, groups, stats)
+        return cls(*dls.loaders, device=dls.device)._know(galaxies, groups, separation, why, stats)
 
-    def _know(self, galaxies, groups, stats):
-        self.galaxies, self.catalog, self.classes, self.source = galaxies, galaxies.catalog, galaxies.classes, galaxies.source
-        self.groups, self.stats, self.size = groups, tuple(np.asarray(s).tolist() for s in stats), galaxies.images.shape[1]
-        return self
-
-    def _sky_said(self):
-        if self.groups is None: return ''
-        torn = _torn(self.groups, list(self.train_ds.items), list(self.valid_ds.items))
-        return f', {torn} of them near one that is trained on' if torn else f', {len(set(self.groups))} groups on the sky kept whole'
-
-    def summary(self):
-        "Print what was read, how it was split, and what a batch is"
-        x = self.one_batch()[0]
-        print(self.galaxies.summary())
-        print(f"{len(self.train_ds)} to train on, {len(self.valid_ds)} to validate on" + self._sky_said())
-        print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
-
-# %% ../../nbs/15_data.block.ipynb #4e2385fe
+# %% ../../nbs/15_data.block.ipynb #a3aee755
 def _tell_conflicts(catalog, position):
     if position and (n := int(duplicates(*position, labels=catalog.label).conflict.sum())):
         warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
@@ -177,7 +195,7 @@ def _made(augment, galaxies):
         if isinstance(t, GalaxyTransform): t.know(galaxies)
     return made
 
-# %% ../../nbs/15_data.block.ipynb #bfa6bc98
+# %% ../../nbs/15_data.block.ipynb #ece21cc5
 class _CardLoaders(_GalaxyLoaders):
     "Loaders that prepare galaxies which are not of their survey"
     @classmethod
@@ -214,9 +232,9 @@ class _CardLoaders(_GalaxyLoaders):
         if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/15_data.block.ipynb #04d4c91d
+# %% ../../nbs/15_data.block.ipynb #3da8ef2b
 class GalaxyDataLoaders(_CardLoaders):
-    "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.stats`, `.size`, `.source`"
+    "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.separation`, `.stats`, `.size`, `.source`"
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_hdf5(cls,

@@ -6,9 +6,9 @@
 __all__ = ['FitsImage', 'align_bands', 'read_fits', 'fits_cutout', 'FitsReader', 'fits_paths', 'fits_columns', 'is_fits',
            'holds_fits', 'fit_stretch', 'read_fits_catalog']
 
-# %% ../../nbs/12_data.fits.ipynb #d98f825e
+# %% ../../nbs/12_data.fits.ipynb #abd13467
 import bz2, gzip, re, warnings
-from collections import ChainMap
+from collections import ChainMap, Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -27,7 +27,7 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
 from ..core import GalaxyDataError, from_settings, require
-from .images import GalaxySet, _begins, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_table, unusable_rows
+from .images import GalaxySet, _begins, _rows_of, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_table, unusable_rows
 from .stretch import Stretch, blue_to_red, filter_pattern, microns, wavelength
 
 # %% ../../nbs/12_data.fits.ipynb #a7ca7ecb
@@ -282,7 +282,7 @@ def _zeropoint(head, rate):
     if not (flam and pivot and flam > 0 and pivot > 0) or not rate and not (seconds and seconds > 0): return None
     return -2.5*np.log10(flam) - 5*np.log10(pivot) - 2.408 + (0 if rate else 2.5*np.log10(seconds))
 
-# %% ../../nbs/12_data.fits.ipynb #45f7b946
+# %% ../../nbs/12_data.fits.ipynb #bf174d9f
 @lru_cache
 def _unit(text): return u.Unit(re.sub('n(?:ano)?-?m(?:ag)?g(?:y|ies)', 'nmgy', text, flags=re.I), parse_strict='silent')
 
@@ -300,7 +300,8 @@ def _nanomaggies(head, pxscale, zeropoint=None):
     text = str(head.get('BUNIT') or '').strip()
     if text and not (count := _counts.match(text)): return _flux_unit(text, pxscale), text
     rate = not text or bool(count[2]) or text.lower() == 'cps'
-    zp = zeropoint if zeropoint is not None else _zeropoint(head, rate)
+    zp = _zeropoint(head, rate)
+    if zp is None: zp = zeropoint
     return None if zp is None else 10**((22.5 - zp)/2.5), ('counts/s' if rate else 'counts') if text else 'unknown'
 
 # %% ../../nbs/12_data.fits.ipynb #95fa294c
@@ -387,19 +388,20 @@ def _pixels(hdu, window):
         raise GalaxyDataError(f"has an image of {' x '.join(map(str, shape[::-1]))} px; expected width x height, or width x height x bands")
     with np.errstate(all='ignore'): return np.array(hdu.section[(0,)*len(shape[:-3]) + (slice(None),)*cube + window], np.float32, ndmin=3)
 
-# %% ../../nbs/12_data.fits.ipynb #84c70169
+# %% ../../nbs/12_data.fits.ipynb #2c6b1a47
 def _masked_by(hdus, hdu, masks, window, path):
     "What masks and weights of the same shape say of an image; where versions are numbered, those of its own"
     same = [hdus[m] for m in masks if hdus[m].shape in (hdu.shape, hdu.shape[-2:])]
     return sum(_bad_pixels(m, window, _plane_kind(m.header, path, False)[0]) for m in [m for m in same if m.ver == hdu.ver] or same) > 0
 
 def _converted(image, head, unit, zeropoint):
-    "The image in nanomaggies where that can be done and is wanted, and no holes in it"
+    "The image in nanomaggies, or the flux unit wanted, where that can be done, and no holes in it"
     known = [_nanomaggies(head, image.pxscale, zeropoint.get(b) if isinstance(zeropoint, dict) else zeropoint) for b in image.bands]
     factors, image.unit = [f for f, _ in known], known[0][1]
-    if unit in ('auto', 'nanomaggies') and None not in factors:
-        image.data *= np.array(factors, np.float32)[:, None, None]
-        image.unit = 'nanomaggies'
+    wanted = 1. if unit in ('auto', 'nanomaggies') else None if unit == 'keep' else _flux_unit(unit, image.pxscale)
+    if wanted and None not in factors:
+        image.data *= (np.array(factors)/wanted).astype(np.float32)[:, None, None]
+        image.unit = 'nanomaggies' if unit == 'auto' else unit
     _fill(image.data, image.mask)
     return image
 
@@ -503,12 +505,12 @@ def _numbered(images):
     name, note = iter(names), ('its bands are numbered, as the file does not name them',)
     return [replace(im, bands=tuple(next(name) for _ in im.bands), notes=im.notes + note*(not all(im.bands))) for im in images]
 
-# %% ../../nbs/12_data.fits.ipynb #17e6e0e9
+# %% ../../nbs/12_data.fits.ipynb #d447e9ce
 def read_fits(
     paths, # One file (image, cube or several extensions), a list of files, or `{band: file}`
     bands=None, # Names of the bands wanted, in order: `'grz'` or a list. They also name the planes of a file that does not name its own
     ext=None, # Extension to read: number, name, `'SCI,2'`, or a list of these; by default all images, where their bands tell them apart
-    unit:str='auto', # `auto`: nanomaggies where the header says how; `keep`; or the unit that it must come in, such as `nanomaggies`
+    unit:str='auto', # `auto`: nanomaggies where the header says how; `keep`; or the unit to have, such as `nanomaggies` or `uJy`, refused where there is no way to it
     zeropoint=None, # AB magnitude of one count, or `{band: magnitude}`, for headers without
     around=None, # `(ra, dec, side)`: read this part only; degrees, and pixels or an angle of `astropy.units`
     checksum:bool=True, # Refuse files that disagree with their own check sum
@@ -692,20 +694,59 @@ def holds_fits(
     names = [x] if '{' in x else read_table(table).get(x, pd.Series(dtype=str)).dropna().astype(str)[:1]
     return any(map(is_fits, names))
 
-# %% ../../nbs/12_data.fits.ipynb #77670cd5
-def _read_rows(reader, files, ra, dec, progress):
-    "Pixels, the reader with bands and unit settled, what is known of each row, and `{row: problem}`"
-    pixels, first, known, problems = None, None, [(np.nan,)*4]*len(files), {}
-    for i in bar(range(len(files)), progress):
+# %% ../../nbs/12_data.fits.ipynb #e30bda37
+def _kind_text(unit, bands): return f"{'without a unit' if unit == 'unknown' else f'in {unit}'} with bands {' '.join(bands)}"
+
+def _ways(kinds, unit):
+    "What a user may do with files of several kinds"
+    units, bands = {u for u, _ in kinds}, sorted({b for _, b in kinds})
+    named = [b for b in bands if b[0] != '1']
+    common = [b for b in max(named, key=len, default=()) if all(b in other for other in named)]
+    ways = ["have fluxes converted (unit='auto')"]*(unit == 'keep' and len(units) > 1)
+    if len(units) > 1 and units & {'counts', 'counts/s', 'unknown'}:
+        ways.append('give the AB magnitude of one count of the files without a zero point (zeropoint=, for from_fits settings=dict(zeropoint=…))')
+    if len(bands) > 1 and common and all(len(b) == len(common) for b in bands if b not in named): ways.append(f"name the bands that all have (bands='{' '.join(common)}')")
+    return ', '.join(ways or ['read one kind at a time'])
+
+# %% ../../nbs/12_data.fits.ipynb #a5927b0e
+def _refuse_kinds(kinds, sources, problems, unit, name, most=6):
+    "Raise with the number of files of each kind, and an example of each"
+    count, first = Counter(kinds.values()), {k: i for i, k in reversed(kinds.items())}
+    told = [f'{n} {_kind_text(*k)} (row {first[k]}: {sources[first[k]]})' for k, n in count.most_common()]
+    more = f', and {len(told) - most} more kinds' if len(told) > most else ''
+    lost = f'; and {len(problems)} cannot be read (row {min(problems)}: {problems[min(problems)]})' if problems else ''
+    raise GalaxyDataError(f"{name} mixes files of {len(told)} kinds: {', '.join(told[:most])}{more}{lost}; {_ways(count, unit)}, or take the commonest kind and leave out the rest (bad=skip).")
+
+# %% ../../nbs/12_data.fits.ipynb #a7a3f807
+def _read_kind(reader, rows, files, ra, dec, progress):
+    "Pixels of rows of the kind of the first that can be read; what is known of each row; and `{row: kind}`, `{row: source}`, `{row: problem}`"
+    pixels, known, kinds, sources, problems = None, np.full((len(files), 4), np.nan), {}, {}, {}
+    for i in bar(rows, progress):
         try:
             image = reader.cutout(files[i], ra[i], dec[i])
             flux = reader.pixels(image)
-            if first and (image.bands, image.unit) != first[1:]: raise GalaxyDataError(_unlike(image, first))
         except GalaxyDataError as e: problems[i] = str(e); continue
-        if not first: first, pixels = (i, image.bands, image.unit), pixel_store(len(files), *flux.shape[1:], np.float32)
-        pixels[i], known[i] = flux, (image.pxscale or np.nan, image.masked, *image.centre)
-    return pixels, first and replace(reader, bands=first[1], unit=first[2]), np.array(known), problems
+        kinds[i], sources[i], known[i] = (image.unit, image.bands), image.source, (image.pxscale or np.nan, image.masked, *image.centre)
+        if pixels is None: pixels, kind = pixel_store(len(files), *flux.shape[1:], np.float32), kinds[i]
+        if kinds[i] == kind: pixels[i] = flux
+    return pixels, known, kinds, sources, problems
 
+# %% ../../nbs/12_data.fits.ipynb #5285522c
+def _read_rows(reader, files, ra, dec, progress, bad, name):
+    "Pixels, the reader with bands and unit settled, what is known of each row, and `{row: problem}`"
+    pixels, known, kinds, sources, problems = _read_kind(reader, range(len(files)), files, ra, dec, progress)
+    if not kinds: return pixels, reader, known, problems
+    kind, n = Counter(kinds.values()).most_common(1)[0]
+    if n < len(kinds):
+        if bad == 'raise': _refuse_kinds(kinds, sources, problems, reader.unit, name)
+        if kind != next(iter(kinds.values())):
+            pixels, *_, gone = _read_kind(reader, [i for i in kinds if kinds[i] == kind], files, ra, dec, progress)
+            problems |= gone            # a file may vanish between two looks
+    unlike = f'unlike {n} of the {len(kinds)} that can be read, {_kind_text(*kind)}'
+    problems |= {i: f'{sources[i]} is {_kind_text(*k)}, {unlike}' for i, k in kinds.items() if k != kind}
+    return pixels, replace(reader, unit=kind[0], bands=kind[1]), known, problems
+
+# %% ../../nbs/12_data.fits.ipynb #d306c218
 def _with_known(df, known):
     "The catalogue with what the files say: the pixel scale, where they have one; the share masked and the position, unless it has its own"
     found = pd.DataFrame(known, columns=['pxscale', 'masked', 'ra', 'dec'], index=df.index)
@@ -714,10 +755,7 @@ def _with_known(df, known):
     new = [k for k in found if k == 'pxscale' or k not in own]
     return df.assign(**found[new].dropna(axis=1, how='all'))
 
-def _unlike(image, first):
-    return f"{image.source} holds {' '.join(image.bands)} in {image.unit}, unlike row {first[0]}: {' '.join(first[1])} in {first[2]}"
-
-# %% ../../nbs/12_data.fits.ipynb #65624a66
+# %% ../../nbs/12_data.fits.ipynb #41e74553
 def fit_stretch(
     stretch:Stretch, # As in `Stretch.fit`
     images, # `N x H x W x bands`
@@ -730,7 +768,7 @@ def fit_stretch(
     stretch = stretch.fit(images[..., :-1], rows)
     return replace(stretch, low=(*stretch.low, 0), high=(*stretch.high, 1))
 
-# %% ../../nbs/12_data.fits.ipynb #b5daaa21
+# %% ../../nbs/12_data.fits.ipynb #e3d6e33a
 def read_fits_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -740,7 +778,7 @@ def read_fits_catalog(
     centre:bool=False, # Put the position in the row into the middle of the cut-out
     ra:str='ra', # Column with the right ascension, degrees
     dec:str='dec', # Column with the declination, degrees
-    bad:str='raise', # What to do with unusable rows: `raise`, or `skip` and list them
+    bad:str='raise', # What to do with unusable rows, and with those unlike most: `raise`, or `skip` and list them
     progress:bool=True, # Show a progress bar
     classes=None, # Class names in the order of their numbers; those found, sorted, by default
     stretch:Stretch=None, # How flux is shown; fitted to the galaxies by default
@@ -751,10 +789,10 @@ def read_fits_catalog(
     if stretch is not None and not isinstance(stretch, Stretch): raise GalaxyDataError(f'stretch is {stretch!r}; give a Stretch, such as Stretch({stretch!r}), or None to have one fitted.')
     reader = replace(reader or FitsReader.from_dict(settings), folder=str(images), x=x, centre=(ra, dec) if centre else ())
     where = (df[ra], df[dec]) if centre else ([None]*len(df),)*2
-    pixels, settled, known, problems = _read_rows(reader, fits_paths(df, x, images, reader.bands), *where, progress)
+    pixels, settled, known, problems = _read_rows(reader, fits_paths(df, x, images, reader.bands), *where, progress, bad, name)
     skipped = unusable_rows(df[y], problems, bad, name)
     use = np.setdiff1d(np.arange(len(df)), skipped.row)
-    df, pixels = df.iloc[use].reset_index(drop=True), pixels[use] if len(skipped) else pixels
+    df, pixels = df.iloc[use].reset_index(drop=True), _rows_of(pixels, use) if len(skipped) else pixels
     labels, classes = class_names(df[y], classes, name)
     bands = settled.bands + ('mask',)*(settled.invalid == 'channel')
     df = _with_known(df, known[use]).assign(label=labels)

@@ -30,9 +30,9 @@ def to_png(
         fig.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
 
-# %% ../../nbs/44_interpret.plot.ipynb #905b0196
+# %% ../../nbs/44_interpret.plot.ipynb #2be471dc
 class Picture(Figure):
-    "A matplotlib `Figure` that shows itself as the last line of a cell, whether or not pyplot was ever asked to"
+    "A matplotlib `Figure` that shows itself as the last line of a cell; `fig.savefig(path)` writes it, not `plt.savefig`, as pyplot does not know it"
     def _repr_png_(self): return to_png(self)
 
 def _figure(width, height, panels, **kwargs):
@@ -158,13 +158,13 @@ def _how(a):
     missed = f', {a.delta:.0%} missed' if a.delta >= .01 else ''
     return f'against {_compared_with.get(a.baseline, a.baseline)}{missed}'
 
-# %% ../../nbs/44_interpret.plot.ipynb #d7c017c2
+# %% ../../nbs/44_interpret.plot.ipynb #d5d51120
 def plot_attribution(
     attribution:Attribution, # What to draw
     vmax=None, # Common end of the colour scale, logit a pixel
     smooth:float=1., # Gaussian sigma for the eye, px, and once more for the contours; 0 for none
 )->Figure:
-    "Galaxy, heat map and contours"
+    "Galaxy, heat map and contours; write it with `.savefig(path)`"
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(6.4, 2.1, 3)
     draw_picture(axs[0], a.image, _verdict(a))
@@ -179,7 +179,7 @@ def _panels(maps, query, block, head, by): # `title, values, query` of each pane
     name = lambda b, h: f"block {b}, {'all heads' if h is None else f'head {h}'}"
     return [('all queries', maps.average(block, head), None)] + [(name(b, h), maps.query(*query, b, h), query) for b, h in looks]
 
-# %% ../../nbs/44_interpret.plot.ipynb #8b1cdd7c
+# %% ../../nbs/44_interpret.plot.ipynb #573808fd
 def plot_attention(
     maps:AttentionMaps, # What to draw
     image:np.ndarray, # `H x W x C` on a scale of 0 to 1
@@ -188,7 +188,7 @@ def plot_attention(
     head=None, # One head; the mean of all by default
     by:str=None, # `head` or `block` for a panel each, instead of the chosen ones alone
 )->Figure:
-    "Galaxy with the query, the average over all queries, and where the query looks"
+    "Galaxy with the query, the average over all queries, and where the query looks; write it with `.savefig(path)`"
     query = query or (maps.size[0]//2, maps.size[1]//2)
     panels = _panels(maps, query, block, head, by)
     vmax = max(values.max()*values.size for _, values, _ in panels)
@@ -199,7 +199,7 @@ def plot_attention(
     attention_bar(drawn, axs)
     return fig
 
-# %% ../../nbs/44_interpret.plot.ipynb #2ee96f58
+# %% ../../nbs/44_interpret.plot.ipynb #7418c87d
 def plot_explanation(
     attribution:Attribution, # Prediction and attribution
     maps:AttentionMaps=None, # Attention, where the network has it
@@ -209,7 +209,7 @@ def plot_explanation(
     vmax=None, # Common end of the attribution's colour scale, logit a pixel
     smooth:float=1., # Gaussian sigma of the attribution for the eye, px, and once more for the contours
 )->Figure:
-    "Galaxy, probabilities, attribution and attention in a row"
+    "Galaxy, probabilities, attribution and attention in a row; write it with `.savefig(path)`"
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(9.6 if maps else 7.9, 2.1, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
     draw_picture(axs[0], a.image, _verdict(a))
