@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['spread', 'bench_accuracy', 'bench_transfer', 'hostile_file', 'reads_per_second', 'bench_data']
 
-# %% ../nbs/59_bench.ipynb #1ac1b241
-import ast, re, subprocess, sys, tempfile, time
+# %% ../nbs/59_bench.ipynb #efc58ec0
+import subprocess, sys, tempfile, time
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd, timm, torch
@@ -16,9 +16,10 @@ from .data.block import GalaxyDataLoaders
 from .data.hdf5 import read_hdf5
 from .data.images import read_catalog
 from .data.sky import cutout_separation, label_subsets, position_columns, sky_groups
-from .job import default_epochs, fit, write_json
-from .learner import astroformer_learner, evaluate, fine_tune_recipe
+from .job import fit, write_json
+from .learner import astroformer_learner, evaluate
 from .models.astroformer import model_cfgs
+from .recipe import name_and_fields, recipes
 from .synth import synth_arrays, synth_galaxy10
 from fastai.callback.core import Callback
 
@@ -31,22 +32,15 @@ def spread(
     "Mean and standard deviation (n - 1) over the seeds"
     return rows.groupby(by, sort=False)[list(columns)].agg(['mean', 'std']).round(4)
 
-# %% ../nbs/59_bench.ipynb #3b573bf9
-def _timed_fit(learn, epochs, fine_tune=False):
+# %% ../nbs/59_bench.ipynb #6bb12258
+def _timed_fit(learn, epochs):
     start = time.perf_counter()
-    fit(learn, epochs, fine_tune)
+    fit(learn, epochs)
     return time.perf_counter() - start
 
-def _words(arch):
-    "`astroformer_pico layout=CCTT` as its name and its fields"
-    name, *fields = arch.split()
-    pairs = dict(f.split('=', 1) for f in fields)
-    return name, {k: v if not re.fullmatch(r'True|False|[\d.]+', v) else ast.literal_eval(v) for k, v in pairs.items()}
-
 def _bench_learner(dls, arch):
-    name, fields = _words(arch)
-    if name in model_cfgs: return astroformer_learner(dls, name, **fields)
-    return astroformer_learner(dls, timm.create_model(name, num_classes=len(dls.vocab), in_chans=len(dls.stats[0]), **fields))
+    name, fields = name_and_fields(arch)
+    return astroformer_learner(dls, name, **fields)
 
 def _report(rows, by, columns, out, **settings):
     table = spread(pd.DataFrame(rows), by, *columns)
@@ -54,12 +48,12 @@ def _report(rows, by, columns, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
     return pd.DataFrame(rows)
 
-# %% ../nbs/59_bench.ipynb #03ef5488
+# %% ../nbs/59_bench.ipynb #647cf3db
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
-    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`
+    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT` or `mixup=.2`
     seeds:int=3, # Runs of each
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
@@ -72,12 +66,12 @@ def bench_accuracy(
             seed_everything(seed)
             dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
             learn = _bench_learner(dls, arch)
-            seconds = _timed_fit(learn, epochs or default_epochs(len(dls.train_ds)))
+            seconds = _timed_fit(learn, epochs)
             parameters = sum(p.numel() for p in learn.model.parameters())
             rows.append(dict(arch=arch, seed=seed, parameters=parameters, seconds=seconds) | evaluate(learn)['metrics'])
     return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, epochs=epochs, size=size)
 
-# %% ../nbs/59_bench.ipynb #73441948
+# %% ../nbs/59_bench.ipynb #4d36ab0d
 def bench_transfer(
     catalog:str, # CSV or Parquet table of image files: the new survey
     pretrained:str, # Weights of the old survey
@@ -102,7 +96,7 @@ def bench_transfer(
             seed_everything(seed)
             dls = GalaxyDataLoaders.from_galaxies(some, valid=range(len(train), len(some)), bs=32)
             learn = astroformer_learner(dls, arch, pretrained=weights)
-            seconds = _timed_fit(learn, epochs if weights else epochs + fine_tune_recipe['freeze_epochs'], fine_tune=bool(weights))
+            seconds = _timed_fit(learn, epochs if weights else epochs + recipes['finetune'].freeze_epochs)
             rows.append(dict(start=start, seed=seed, seconds=seconds) | evaluate(learn, galaxies.take(test))['metrics'])
     return _report(rows, 'start', ['accuracy', 'balanced_accuracy', 'nll', 'seconds'], out, catalog=Path(catalog).name, pretrained=Path(pretrained).name, per_class=per_class, epochs=epochs)
 

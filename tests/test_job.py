@@ -131,7 +131,7 @@ def test_timing_does_not_change_the_run(survey):
         learn = astroformer_learner(GalaxyDataLoaders.from_hdf5(survey, bs=32, progress=False), 'astroformer_nano')
         if timed:
             before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-            assert 0 < seconds_per_epoch(learn, batches=1) < 600 and seconds_per_epoch(learn, batches=1, whole=True) > 0
+            assert 0 < seconds_per_epoch(learn, batches=1) < 600
             assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         return learn.model.state_dict()
@@ -148,7 +148,7 @@ def test_make_hands_its_options_on():
 
 def told_of_loss(*weights):
     loss = SimpleNamespace(weight=torch.tensor(weights), label_smoothing=.1)
-    return _loss(SimpleNamespace(loss_func=SimpleNamespace(func=loss), dls=SimpleNamespace(vocab=['elliptical', 'spiral'])))
+    return _loss(SimpleNamespace(loss_func=loss, dls=SimpleNamespace(vocab=['elliptical', 'spiral'])))
 
 
 def test_classes_of_equal_number_are_not_weighed_against_each_other():

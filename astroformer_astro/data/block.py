@@ -77,7 +77,7 @@ def GalaxyBlock(
     "A fastai `TransformBlock` for cut-outs: pixels to `TensorGalaxy`, on a scale of 0 to 1 in the batch"
     return TransformBlock(type_tfms=TensorGalaxy.create, batch_tfms=StretchFlux(stretch, bands) if stretch else IntToFloatTensor)
 
-# %% ../../nbs/15_data.block.ipynb #6218172b
+# %% ../../nbs/15_data.block.ipynb #b6c21af1
 class _Rows:
     "Rows of a survey as batches"
     def __init__(self, galaxies, numbers): self.images, self.pxscale, self.numbers = galaxies.images, galaxies.catalog.get('pxscale'), numbers
@@ -87,6 +87,12 @@ class _Rows:
         return x, TensorCategory(torch.from_numpy(self.numbers[rows]))
 
 class _RowsDL(TfmdDL):
+    weights = None           # of each galaxy, when they are drawn by weight instead of each once an epoch
+
+    def get_idxs(self):
+        if self.weights is None or not self.shuffle: return super().get_idxs()
+        return self.rng.choices(range(self.n), self.weights, k=self.n)
+
     def create_batches(self, samps):
         rows = getattr(self.dataset, 'rows', None)
         if rows is None: yield from super().create_batches(samps)
