@@ -15,7 +15,12 @@ from .models.attention import *
 from .models.blocks import *
 from .models.astroformer import *
 from .models.checkpoint import *
+from .models.equivariance import *
+from .models.export import *
+from .models.inference import *
 from .metrics import *
+from .recipe import *
+from .survive import *
 from .learner import *
 from .predict import *
 from .interpret.attention import *

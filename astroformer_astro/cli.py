@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['synth', 'predict', 'explain', 'cite', 'train', 'inspect', 'repack_file', 'pack_files', 'cutouts', 'main']
 
-# %% ../nbs/60_cli.ipynb #41afce84
+# %% ../nbs/60_cli.ipynb #faf48059
 import sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 
 from fastcore.script import anno_parser
 from fastcore.xtras import trace
-from .bench import bench_accuracy, bench_data, bench_transfer
+from .bench import bench_accuracy, bench_data, bench_model, bench_transfer
 from .core import GalaxyDataError, atomic_path
 from .data.cutouts import fetch_cutouts
 from .data.fits import is_fits, read_fits
@@ -140,9 +140,9 @@ def cutouts(
     except ValueError: pass                      # the name of a column
     fetch_cutouts(table, folder, size, pxscale, format, layer, bands, provider, name, ra, dec, base_url=base_url, rate=rate, progress=sys.stderr.isatty())
 
-# %% ../nbs/60_cli.ipynb #69cc82da
+# %% ../nbs/60_cli.ipynb #ff433042
 _verbs = {'synth': synth, 'train': train, 'predict': predict, 'explain': explain, 'bench accuracy': bench_accuracy, 'bench transfer': bench_transfer,
-          'bench data': bench_data, 'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
+          'bench data': bench_data, 'bench model': bench_model, 'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
 
 def _usage():
     lines = [f'  {v:15} {(Job if f is train else f).__doc__}' for v, f in _verbs.items()]
@@ -165,3 +165,6 @@ def main(
         print(f'astroformer {verb}: {e}', file=sys.stderr)
         return 2
     return 0
+
+# %% ../nbs/60_cli.ipynb #a4a93130
+if __name__ == '__main__' and 'ipykernel' not in sys.modules: sys.exit(main())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['seconds_per_epoch', 'telling_cases', 'Job', 'train_network', 'explain_cases', 'run_job']
 
-# %% ../nbs/56_job.ipynb #ac990e03
-import copy, itertools, json, platform, shlex, sys, time
+# %% ../nbs/56_job.ipynb #cc8a2e97
+import copy, itertools, json, platform, shlex, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .predict import write_table
 from .recipe import name_and_fields, recipe as make_recipe
 from .report import counted, plot_class_table, plot_confusion, plot_curves, plot_samples, readable_table, write_report
+from .survive import survive
 from .synth import synth_galaxy10
 from fastai.callback.core import Callback
 from fastai.torch_core import no_random
@@ -62,16 +63,17 @@ def _timed_stages(learn, epochs): # Pairs of `TrainingStage` and seconds an epoc
 def _told(stages): return ', then '.join(counted(s.epochs, 'epoch') + (f' of {s.what}' if len(stages) > 1 else '') for s, _ in stages)
 def _seconds(stages): return sum(s.epochs*seconds for s, seconds in stages)
 
-# %% ../nbs/56_job.ipynb #0c9ee2ba
+# %% ../nbs/56_job.ipynb #05b5d88f
 class EpochLines(Callback):
     "A line an epoch: losses, metrics, time left; `values` keeps the numbers of all stages"
     order = 61
     def __init__(self, stages): self.stages, self.stage, self.values = stages, -1, []
-    def before_fit(self): self.stage, self.start = self.stage + 1, time.perf_counter()
+    def before_fit(self): self.stage, self.start, self.first = self.stage + 1, time.perf_counter(), None
+    def before_train(self): self.first = self.epoch if self.first is None else self.first         # not 0 where training goes on from a checkpoint
     def after_epoch(self):
         self.values.append(list(self.recorder.values[-1]))
         done, (stage, _), (train, valid, *metrics) = self.epoch + 1, self.stages[self.stage], self.values[-1]
-        left = (time.perf_counter() - self.start)*(self.n_epoch - done)/done + _seconds(self.stages[self.stage+1:])
+        left = (time.perf_counter() - self.start)*(self.n_epoch - done)/(done - self.first) + _seconds(self.stages[self.stage+1:])
         scores = ', '.join(f'{n.replace("_", " ")} {m:.3f}' for n, m in zip(self.recorder.metric_names[3:-1], metrics))
         where = f'{stage.what}, epoch {done}/{self.n_epoch}' if len(self.stages) > 1 else f'epoch {done}/{self.n_epoch}'
         print(f'      {where}: loss {train:.3f}, on held-out galaxies {valid:.3f}, {scores}' + (f' ({_duration(left)} left)' if left else ''), flush=True)
@@ -90,7 +92,7 @@ def telling_cases(
     right = p.argmax(1) == y
     return first(np.flatnonzero(right)), first(np.flatnonzero(~right))
 
-# %% ../nbs/56_job.ipynb #9bf9a705
+# %% ../nbs/56_job.ipynb #54a314cc
 @dataclass
 class Job:
     "One run of the main job; a survey is simulated where neither `data` nor `catalog` is given"
@@ -109,6 +111,7 @@ class Job:
     epochs:int=0 # Epochs; 0 for as many as show 50,000 galaxies
     pretrained:str=None # Weights of another survey to fine-tune
     recipe:str=None # How to train: a recipe and what to change, as in "scratch_few mixup=.2"; by default scratch_few, or finetune with pretrained
+    resume:bool=False # Go on from the last whole epoch in the output folder, if training there was broken off
     seed:int=0 # Of weights, order and augmentation
     split_seed:int=42 # Decides which galaxies are held out
     n:int=2000 # Galaxies to simulate
@@ -145,14 +148,15 @@ def _recipe(job):
     name, fields = name_and_fields(job.recipe)
     return dict(recipe=make_recipe(name, **fields))
 
-# %% ../nbs/56_job.ipynb #7450a5c6
+# %% ../nbs/56_job.ipynb #921a23a2
 def _command(job):
     "The words in the shell that repeat a job"
     given = {f.name: getattr(job, f.name) for f in fields(job) if getattr(job, f.name) != f.default}
-    words = [w for k, v in given.items() for w in (f'--{k.replace("_", "-")}', ','.join(v) if isinstance(v, tuple) else str(v))]
+    said = lambda v: [] if v is True else [','.join(v) if isinstance(v, tuple) else str(v)]
+    words = [w for k, v in given.items() for w in (f'--{k.replace("_", "-")}', *said(v))]
     return shlex.join(['astroformer', 'train', *words])
 
-# %% ../nbs/56_job.ipynb #205c323f
+# %% ../nbs/56_job.ipynb #bca20029
 def _with_network(job):
     "The job with the name of its network; and the network that it starts from, if any"
     if job.pretrained is None: return replace(job, arch=job.arch or 'astroformer_nano'), None
@@ -161,6 +165,8 @@ def _with_network(job):
     if name is None: raise GalaxyDataError(f'the weights of {job.pretrained} are of a network without a name; fine-tune them in a notebook, with `load_pretrained`.')
     if job.arch not in (None, name): raise GalaxyDataError(f'the weights of {job.pretrained} are of {name}, not of {job.arch}; leave the network out, or ask for {name}.')
     return replace(job, arch=name), old
+
+def _kept(cfg): return dict(strides=cfg.strides, equivariant=cfg.equivariant)
 
 def _origin(job, old, classes):
     "A sentence on the weights that training started from"
@@ -201,15 +207,15 @@ def _plain(o):
     if is_dataclass(o): return asdict(o)
     return str(o) if isinstance(o, Path) else o.tolist()
 
-# %% ../nbs/56_job.ipynb #7a39009a
-def fit(learn, epochs=0): # Losses and metrics, a row an epoch; how many of them are not of all layers
+# %% ../nbs/56_job.ipynb #e88213dd
+def fit(learn, epochs=0, cbs=()): # Losses and metrics, a row an epoch; how many of them are not of all layers
     "Carry out the learner's recipe with a line an epoch, having said what comes and how long it will take"
     stages = list(_timed_stages(learn, epochs))
     print(f"      {_told(stages)}, {counted(len(learn.dls.train_ds), 'galaxy', 'galaxies')} in each: {_duration(_seconds(stages))}", flush=True)
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(lines := EpochLines(stages)): learn.fit_recipe(epochs)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs([lines := EpochLines(stages), *cbs]): learn.fit_recipe(epochs)
     return lines.values, sum(s.epochs for s, _ in stages[:-1])
 
-# %% ../nbs/56_job.ipynb #247e34db
+# %% ../nbs/56_job.ipynb #fa575fc9
 def train_network(
     job:Job, # Settings
     galaxies, # `GalaxySet` to train on
@@ -218,20 +224,20 @@ def train_network(
     job, old = _with_network(job)
     seed_everything(job.seed)
     dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=job.split_seed)
-    learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **_recipe(job), **({} if old is None else dict(strides=old.cfg.strides)))
-    curves, frozen = fit(learn, job.epochs)
+    learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **_recipe(job), **({} if old is None else _kept(old.cfg)))
+    curves, frozen = fit(learn, job.epochs, survive(Path(job.out)/'checkpoint', job.resume))
     scores = evaluate(learn) | dict(curves=curves, frozen=frozen, origin=_origin(job, old, dls.vocab))
     save_astroformer(learn, Path(job.out)/'galaxies', job=asdict(job), recipe=asdict(learn.recipe), source=galaxies.source, metrics=scores['metrics'])
     return learn, scores
 
-# %% ../nbs/56_job.ipynb #0a7303e6
+# %% ../nbs/56_job.ipynb #36d0658f
 def second_survey(job, learn): # Scores on held-out galaxies of survey b, `before` and `after`
     "Fine-tune the saved weights to half of 400 galaxies of simulated survey b"
     b = _simulate(job, 'b', 400, job.seed + 2)
     seed_everything(job.seed)
     dls = GalaxyDataLoaders.from_galaxies(b, valid_pct=.5, seed=job.split_seed)
-    tuned = astroformer_learner(dls, arch_name(learn.model.cfg), pretrained=Path(job.out)/'galaxies', strides=learn.model.cfg.strides)
-    fit(tuned, 10)
+    tuned = astroformer_learner(dls, arch_name(learn.model.cfg), pretrained=Path(job.out)/'galaxies', **_kept(learn.model.cfg))
+    fit(tuned, 10, survive(Path(job.out)/'checkpoint_b', job.resume))
     save_astroformer(tuned, Path(job.out)/'galaxies_b', source=b.source)
     return dict(labelled=len(dls.train_ds), before=evaluate(learn, b.take(dls.valid_ds.items))['metrics'], after=evaluate(tuned)['metrics'])
 
@@ -340,7 +346,7 @@ def _peak_memory():
     except ImportError: return None          # Windows keeps no such account
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30), 2)
 
-# %% ../nbs/56_job.ipynb #ec30180e
+# %% ../nbs/56_job.ipynb #16970505
 def run_job(
     job:Job, # Settings
 )->dict: # What is in `metrics.json`
@@ -360,6 +366,7 @@ def run_job(
     say(f'write {out}/report.html, metrics.json, galaxies.safetensors')
     facts = _facts(job, learn, scores, time.perf_counter() - start)
     write_report(out/'report.html', _title(job, galaxies), sections + [('How this was made', [facts])])
+    for folder in 'checkpoint', 'checkpoint_b': shutil.rmtree(out/folder, ignore_errors=True)
     write_json(out/'metrics.json', result := _results(job, learn, scores, fresh, second, facts) | _costs(start))
     print(f'done: open {out}/report.html', flush=True)
     return result

@@ -114,7 +114,7 @@ def astroformer_learner(
     if pretrained is not None: learn.freeze()
     return learn
 
-# %% ../nbs/32_learner.ipynb #1082a564
+# %% ../nbs/32_learner.ipynb #f9ce3f45
 def _network(dls, arch, pretrained, drop_path, fields):
     ours = isinstance(arch, str) and arch in model_cfgs
     if not ours and pretrained is not None: raise GalaxyDataError('`pretrained` weights are of an Astroformer; load the weights of another network into it yourself, and give the network.')
@@ -124,7 +124,7 @@ def _network(dls, arch, pretrained, drop_path, fields):
     bands, classes = len(dls.stats[0]), len(dls.vocab)
     if ours: model = astroformer(arch, img_size=dls.size, bands=bands, classes=classes, **(dict(drop_path=drop_path) | fields))
     else: model = timm.create_model(arch, num_classes=classes, in_chans=bands, **fields)
-    if pretrained is not None: load_pretrained(model, pretrained, classes=dls.vocab)
+    if pretrained is not None: load_pretrained(model, pretrained, classes=dls.vocab, bands=dls.galaxies.bands)
     return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/32_learner.ipynb #07b7d0d7

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from astropy.io import fits
 
-from astroformer_astro.bench import bench_data, bench_transfer
+from astroformer_astro.bench import bench_data, bench_model, bench_transfer
 from astroformer_astro.core import seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.data.sky import split_galaxies
@@ -56,3 +56,11 @@ def test_reading():
     found = bench_data(gigabytes=2)
     assert found['repacked_over_shipped'] >= 100 and found['repacked_over_memmap'] >= .5 and found['repack_peak_mib'] < 500
     assert found['default_share'] <= .10 and found['everything_share'] <= .25
+
+
+def test_speed_and_memory():
+    "Against timm's MaxxVit with the same weights; medians of paired runs, two networks"
+    runs = bench_model().set_index(['what', 'variant']).sort_index()
+    assert len(runs) == 12
+    assert (runs.over_timm['inference', 'for_inference'] >= 1.5).all()
+    assert (runs.over_timm['training', 'astroformer'] >= 1).all() and (runs.peak_over_timm['training', 'astroformer'] <= 1).all()

@@ -1,5 +1,5 @@
 """One tiny run from scratch and one fine-tuned from it: what they say, what they write, what they leave alone."""
-import json, random, re, shlex, shutil, subprocess
+import json, random, re, shlex, shutil, subprocess, sys
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from astroformer_astro.core import galaxy10_classes, seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.job import Job, _loss, seconds_per_epoch
 from astroformer_astro.learner import astroformer_learner
-from astroformer_astro.models.checkpoint import read_card
+from astroformer_astro.models.checkpoint import load_astroformer, read_card
 from astroformer_astro.synth import synth_arrays, synth_galaxy10
 
 
@@ -154,3 +154,18 @@ def told_of_loss(*weights):
 def test_classes_of_equal_number_are_not_weighed_against_each_other():
     assert 'spiral counts 1.5 times as much as one of elliptical' in told_of_loss(1., 1.5)
     for alike in (1., 1.), (1., 1.04): assert 'all classes count alike' in told_of_loss(*alike) and 'times as much' not in told_of_loss(*alike) and 'rare' not in told_of_loss(*alike)
+
+
+def test_a_killed_run_goes_on_where_it_was(survey, tmp_path):
+    words = [sys.executable, '-m', 'astroformer_astro.cli', 'train', '--data', survey, '--epochs', '3', '--out']
+    whole = subprocess.run([*words, tmp_path/'whole'], capture_output=True, text=True, check=True).stdout
+    p = subprocess.Popen([*words, tmp_path/'killed'], stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if 'epoch 2/3' in line: p.kill(); break
+    p.wait()
+    again = subprocess.run([*words, tmp_path/'killed', '--resume'], capture_output=True, text=True, check=True).stdout
+    assert 'going on with epoch 3 of 3' in again and 'epoch 1/3' not in again
+    a, b = (load_astroformer(tmp_path/d/'galaxies').state_dict() for d in ('whole', 'killed'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    curves = [json.loads((tmp_path/d/'metrics.json').read_text())['epochs'] for d in ('whole', 'killed')]
+    assert curves[0] == curves[1] and not (tmp_path/'killed'/'checkpoint').exists()

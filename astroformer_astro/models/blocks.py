@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['halve', 'Shortcut', 'Polyphase', 'Stem', 'MBConv', 'CbamMBConv', 'LocalMBConv', 'TransformerBlock', 'init_conv',
-           'init_transformer', 'make_equivariant']
+           'init_transformer', 'TorusConv2d', 'make_equivariant']
 
-# %% ../../nbs/21_models.blocks.ipynb #0c4f10f9
+# %% ../../nbs/21_models.blocks.ipynb #e34bf194
 import math
 from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from timm.layers import BatchNormAct2d, ConvMlp, DropPath, LayerNorm2d, SqueezeExcite
 from timm.layers.cbam import CbamModule
-from .attention import LocalAttention, RelativeAttention
+from .attention import LocalAttention, RelativeAttention, wrap
 
 # %% ../../nbs/21_models.blocks.ipynb #9096ef76
 def halve()->nn.Module:
@@ -33,15 +34,17 @@ class Shortcut(nn.Sequential):
         if stride == 2: self.add_module('pool', halve())
         if dim != dim_out: self.add_module('expand', nn.Conv2d(dim, dim_out, 1))
 
-# %% ../../nbs/21_models.blocks.ipynb #54703656
+# %% ../../nbs/21_models.blocks.ipynb #c0717e55
 class Polyphase(nn.Module):
     "Roll each map of `B x C x H x W`, H and W even, by 0 or 1 px so that its strongest polyphase component lies on the even pixels"
     def forward(self, x):
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
-        energy = squares.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).sum((1, 2, 4))      # B x 2 x 2
-        best = energy.flatten(1).argmax(1)[:,None,None,None]
-        x = torch.where(best//2 == 1, x.roll(-1, 2), x)
-        return torch.where(best%2 == 1, x.roll(-1, 3), x)
+        h, w = x.shape[2:]
+        plane = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
+        if x.device.type != 'mps': plane = plane.double()            # so that rounding decides as seldom as can be
+        best = plane.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((1, 3)).flatten(1).argmax(1)[:,None]
+        rows, cols = (torch.arange(n, device=x.device) + step for n, step in ((h, best//2), (w, best%2)))
+        index = (rows % h)[:,:,None]*w + (cols % w)[:,None]
+        return x.flatten(2).gather(2, index.flatten(1)[:,None].expand(-1, x.shape[1], -1)).view_as(x)
 
 # %% ../../nbs/21_models.blocks.ipynb #e8e3d585
 class Stem(nn.Module):
@@ -154,12 +157,17 @@ def init_transformer(
         if name.startswith('mlp'): nn.init.normal_(c.bias, std=1e-6)
         else: nn.init.zeros_(c.bias)
 
-# %% ../../nbs/21_models.blocks.ipynb #b085a528
+# %% ../../nbs/21_models.blocks.ipynb #b1c20f80
+class TorusConv2d(nn.Conv2d):
+    "A convolution of maps whose opposite edges meet"
+    def forward(self, x): return F.conv2d(wrap(x, self.padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+# %% ../../nbs/21_models.blocks.ipynb #c7d5e182
 def make_equivariant(
     m:nn.Module, # A network of these blocks; changed in place
 ):
     "Circular padding, toroidal bias, and polyphase selection before every block that strides"
     for c in m.modules():
-        if hasattr(c, 'padding_mode'): c.padding_mode = 'circular'
+        if type(c) is nn.Conv2d and any(c.padding): c.__class__ = TorusConv2d        # the same weights under the same names
         if hasattr(c, 'toroidal'): c.toroidal = True
         if hasattr(c, 'align') and c.stride == 2: c.align = Polyphase()

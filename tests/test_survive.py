@@ -1,0 +1,156 @@
+"""Kills, full disks and two processes: what the notebook on survival does not show on a page."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+
+from astroformer_astro.synth import synth_galaxy10
+
+root = Path(__file__).parent.parent
+
+# One process imports; each life of a training is a child of it that starts from nothing but the file that was left
+program = '''
+import json, os, random, signal, sys, warnings
+warnings.filterwarnings('ignore')
+import torch
+torch.use_deterministic_algorithms(True); torch.set_num_threads(1)
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import *
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import params
+from astroformer_astro.core import seed_everything
+from astroformer_astro.data.block import GalaxyDataLoaders
+from astroformer_astro.models.astroformer import astroformer
+from astroformer_astro.survive import Checkpoint, survive
+from timm.utils import ModelEmaV3
+
+class Mean(Callback):
+    "A running mean of the weights, which is what is kept in the end"
+    def before_fit(self): self.mean = ModelEmaV3(self.model, decay=.9)
+    def after_step(self): self.mean.update(self.model)
+    def after_fit(self): self.model.load_state_dict(self.mean.module.state_dict())
+
+class Kill(Callback):
+    "kill -9, after a number of forward passes, of training or of validation, or in the middle of writing"
+    order = 200
+    def __init__(self, after, writing): self.left, self.writing = after, writing
+    def after_pred(self):
+        self.left -= 1
+        if self.left: return
+        if not self.writing: os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = lambda f: os.kill(os.getpid(), signal.SIGKILL)
+
+def train(path, out, how, workers=0, cbs=()):
+    seed_everything(3)
+    dls = GalaxyDataLoaders.from_hdf5(path, size=32, bs=16, num_workers=workers, progress=False, device='cpu')
+    model = astroformer('astroformer_nano', img_size=32, classes=len(dls.vocab), drop_path=.3)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), splitter=lambda m: [params(m.stem) + params(m.stages), params(m.head)], wd=.05)
+    cbs = [GradientClip(), *cbs]
+    if how == 'all at once': cbs += [Mean(), MixUp(.4), GradientAccumulation(24)]
+    with learn.no_bar(), learn.no_logging():
+        if how == 'fine_tune': learn.fine_tune(2, freeze_epochs=2, cbs=cbs)
+        else: learn.fit_one_cycle(4, 2e-3, cbs=cbs)
+    torch.save([learn.model.state_dict(), learn.recorder.values, torch.stack(list(learn.recorder.losses))], out)
+
+def child(*args, **kwargs):
+    "The status of a process that trains"
+    sys.stdout.flush()
+    if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try: train(*args, **kwargs); sys.stdout.flush(); os._exit(0)
+    except BaseException:
+        import traceback; traceback.print_exc(); os._exit(1)
+
+def lives(path, folder, how, kills, seed):
+    "Train until a life is not cut short; the statuses of all"
+    draw, statuses = random.Random(seed), []
+    for _ in range(kills): statuses.append(child(path, f'{folder}/end.pt', how, cbs=[*survive(folder, resume=True), Kill(draw.randint(1, 8), draw.random() < .3)]))
+    return statuses + [child(path, f'{folder}/end.pt', how, cbs=survive(folder, resume=True))]
+'''
+
+
+def run(code, **kwargs):
+    "The last line that a program prints, as JSON"
+    p = subprocess.run([sys.executable, '-c', program + code], capture_output=True, text=True, cwd=root, env=os.environ | dict(OMP_NUM_THREADS='1') | kwargs)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return json.loads(p.stdout.strip().split('\n')[-1]), p.stderr
+
+
+@pytest.fixture(scope='module')
+def survey(tmp_path_factory): return synth_galaxy10(tmp_path_factory.mktemp('s')/'s.h5', n=60, size=64, seed=0, balance='uniform')
+
+
+def same(a, b):
+    (m, values, losses), (n, values2, losses2) = (torch.load(p, weights_only=False) for p in (a, b))
+    assert m.keys() == n.keys()
+    return all(torch.equal(m[k], n[k]) for k in m) and list(map(list, values)) == list(map(list, values2)) and torch.equal(losses, losses2)
+
+
+def killed(survey, folder, hows, kills, seed):
+    "Undisturbed and killed trainings of each kind, `peace.pt` and `end.pt`; how the lives of each ended"
+    code = f'''
+statuses = {{}}
+for how in {hows}:
+    os.makedirs(f'{folder}/{{how}}')
+    assert child('{survey}', f'{folder}/{{how}}/peace.pt', how) == 0
+    statuses[how] = lives('{survey}', f'{folder}/{{how}}', how, {kills}, {seed})
+print(json.dumps(statuses))'''
+    return run(code)[0]
+
+
+def check(folder, how, kills, statuses):
+    *before, last = statuses
+    assert before.count(-9) >= min(2, kills) and set(before) <= {-9, 0} and last == 0, statuses
+    assert same(folder/how/'peace.pt', folder/how/'end.pt')
+
+
+@pytest.fixture(scope='module')
+def twice(survey, tmp_path_factory):
+    "Trainings that were killed twice"
+    folder = tmp_path_factory.mktemp('twice')
+    return folder, killed(survey, folder, ('fine_tune', 'all at once'), 2, seed=0)
+
+
+@pytest.mark.parametrize('how', ['fine_tune', 'all at once'])
+def test_two_kills_leave_no_trace(twice, how): check(twice[0], how, 2, twice[1][how])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_ten_kills_leave_no_trace(survey, tmp_path, seed):
+    hows = 'one_cycle', 'fine_tune', 'all at once'
+    statuses = killed(survey, tmp_path, hows, 10, seed + 1)
+    for how in hows: check(tmp_path, how, 10, statuses[how])
+
+
+def test_a_seed_decides_whatever_loads(survey, twice, tmp_path):
+    "The same weights in two processes, with no workers and with two, and killed with two"
+    code = f'''
+statuses = [child('{survey}', '{tmp_path}/b.pt', 'all at once', workers=2, cbs=[Checkpoint('{tmp_path}', resume=True), *cbs]) for cbs in ([Kill(6, False)], [])]
+print(json.dumps(statuses))'''
+    assert run(code)[0] == [-9, 0]
+    assert same(twice[0]/'all at once'/'peace.pt', tmp_path/'b.pt')
+
+
+def test_a_disk_with_little_room(survey, tmp_path):
+    "The system itself refuses the second file: training goes on, and the first is whole. A folder that cannot be is said before training"
+    (tmp_path/'file').write_text('')
+    code = f'''
+from astroformer_astro.core import GalaxyDataError
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+class Fill(Callback):
+    order = 300
+    def before_train(self): resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    def after_fit(self): resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,)*2)
+warnings.simplefilter('always')
+train('{survey}', '{tmp_path}/end.pt', 'one_cycle', cbs=[Checkpoint('{tmp_path}/run'), Fill()])
+state = torch.load('{tmp_path}/run/checkpoint.pt', weights_only=True)
+try: train('{survey}', '{tmp_path}/no.pt', 'one_cycle', cbs=survive('{tmp_path}/file'))
+except GalaxyDataError as e: print(json.dumps([state['epoch'], os.listdir('{tmp_path}/run'), str(e)]))'''
+    (epoch, names, said), err = run(code)
+    assert epoch == 0 and names == ['checkpoint.pt'] and (tmp_path/'end.pt').exists()
+    assert err.count('cannot be written (File too large)') == 4 and 'still that of fit 1, epoch 1' in err
+    assert said.startswith(f'{tmp_path}/file/checkpoint.pt cannot be written (') and said.endswith('; choose a folder you may write to.')
