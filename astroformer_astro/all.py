@@ -1,6 +1,7 @@
 """Everything a notebook needs: `from astroformer_astro.all import *`. Written by hand; floors in ascending order."""
 from .core import *
 from .synth import *
+from .picture import *
 from .data.stretch import *
 from .data.images import *
 from .data.hdf5 import *
@@ -19,6 +20,7 @@ from .models.equivariance import *
 from .models.export import *
 from .models.inference import *
 from .metrics import *
+from .calibration import *
 from .recipe import *
 from .survive import *
 from .learner import *

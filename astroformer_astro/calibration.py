@@ -7,14 +7,13 @@ __all__ = ['reliability_table', 'ece_null', 'calibration_test', 'plot_reliabilit
            'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'calibrate', 'use_scaling',
            'current_scaling', 'ForgetCalibration', 'Opinions', 'MCDropout', 'Orientations', 'ensemble_predict']
 
-# %% ../nbs/31_calibration.ipynb #795022fc
+# %% ../nbs/31_calibration.ipynb #c4d4082f
 import copy, warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import FunctionType
 
 import numpy as np, pandas as pd, torch
-from matplotlib.figure import Figure
 from scipy.special import entr
 from scipy.stats import betabinom
 from sklearn.utils import check_random_state
@@ -24,7 +23,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from .core import GalaxyDataError, from_settings
 from .data.augment import dihedral
 from .data.sky import _deal
-from .metrics import _Picture, _ratio, _ready, bin_column, ece, nll
+from .metrics import _ratio, _ready, bin_column, ece, nll
+from .picture import Picture
 from fastai.callback import progress # gives a `Learner` its `no_bar`
 from fastai.callback.core import Callback
 from fastai.torch_core import no_random
@@ -78,15 +78,15 @@ def _draw_reliability(ax, below, y, p, title, bins):
     ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1); below.set(xlabel='confidence', box_aspect=.3); below.margins(y=.2)
     for a in (ax, below): a.spines[['top', 'right']].set_visible(False)
 
-# %% ../nbs/31_calibration.ipynb #0b96d275
+# %% ../nbs/31_calibration.ipynb #622b697a
 def plot_reliability(
     y, # True class numbers, `N`
     p, # Probabilities, `N x classes`; or a dict of several, `{title: probabilities}`
     bins:int=10, # Bins of confidence, equally wide
-)->Figure:
+)->Picture:
     "Share of right answers against confidence, with Wilson 95 % intervals and the number of galaxies"
     many = p if isinstance(p, dict) else {'': p}
-    fig = _Picture(figsize=(3.1*len(many), 4.9), layout='constrained')
+    fig = Picture(figsize=(3.1*len(many), 4.9), layout='constrained')
     axs = fig.subplots(2, len(many), sharex=True, sharey='row', squeeze=False, gridspec_kw=dict(height_ratios=(3, 1)))
     for k, (title, q) in enumerate(many.items()): _draw_reliability(*axs[:, k], y, q, title, bins)
     axs[0, 0].set_ylabel('share of right answers'); axs[1, 0].set_ylabel('galaxies')

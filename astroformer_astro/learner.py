@@ -6,13 +6,14 @@
 __all__ = ['augmentations', 'optimisers', 'astroformer_splitter', 'class_weights', 'astroformer_learner', 'evaluate',
            'load_astroformer_learner']
 
-# %% ../nbs/32_learner.ipynb #67f32578
+# %% ../nbs/32_learner.ipynb #2e3e7f3d
 import copy, dataclasses
 from functools import partial
 
 import timm, torch
 from torch import nn
 from .core import GalaxyDataError
+from .calibration import Scaling, use_scaling
 from .data.augment import BandGain, GalaxyAugment, Seeing, SkyLevel, SkyNoise
 from .data.block import GalaxyDataLoaders
 from .metrics import balanced_accuracy, class_table, summary_metrics
@@ -24,7 +25,6 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric, accuracy
 from fastai.optimizer import Adam, Lamb, SGD
 from fastai.torch_core import params
@@ -162,7 +162,7 @@ def evaluate(
     p, y = p.numpy(), y.numpy()
     return dict(metrics=summary_metrics(y, p), table=class_table(y, p, classes), y=y, p=p)
 
-# %% ../nbs/32_learner.ipynb #f9473759
+# %% ../nbs/32_learner.ipynb #b1dbaecd
 def load_astroformer_learner(
     path, # Weights as written by `save_astroformer`
     device=None, # Where to predict; the GPU where there is one
@@ -171,4 +171,6 @@ def load_astroformer_learner(
     model = load_astroformer(path)
     if not model.card['stats']: raise GalaxyDataError(f'the card of {path} has no band statistics; save the weights from a learner.')
     dls = GalaxyDataLoaders.from_card(model.card, device=device)
-    return Learner(dls, model.to(dls.device), CrossEntropyLossFlat(), splitter=astroformer_splitter)
+    learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab)).to(dls.device), splitter=astroformer_splitter)
+    if model.card.get('calibration'): use_scaling(learn, Scaling.from_dict(model.card['calibration']))
+    return learn

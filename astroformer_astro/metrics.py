@@ -7,13 +7,11 @@ __all__ = ['galaxy_scores', 'common_scores', 'class_table', 'balanced_accuracy',
            'classwise_ece', 'summary_metrics', 'score_table', 'bin_column', 'binned_metrics', 'plot_binned',
            'GalaxyMetric', 'galaxy_metrics', 'plot_confused', 'label_errors']
 
-# %% ../nbs/30_metrics.ipynb #267f046e
-import io
-
+# %% ../nbs/30_metrics.ipynb #c1b21057
 import numpy as np, pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from .core import GalaxyDataError, short_name
+from .picture import Picture
 from fastai.metrics import AccumMetric
 from sklearn.metrics import confusion_matrix
 
@@ -256,20 +254,14 @@ def binned_metrics(
 def _median(v): return v[np.isfinite(v)].median() if pd.api.types.is_numeric_dtype(v) else np.nan
 def _flat(t): return {name + end: row[c] for name, row in t.iterrows() for end, c in (('', 'value'), ('_95_low', 'bootstrap_95_low'), ('_95_high', 'bootstrap_95_high'))}
 
-# %% ../nbs/30_metrics.ipynb #fc1660de
-class _Picture(Figure):
-    def _repr_png_(self):
-        self.savefig(buffer := io.BytesIO(), format='png')
-        return buffer.getvalue()
-
-# %% ../nbs/30_metrics.ipynb #bb4e6730
+# %% ../nbs/30_metrics.ipynb #6fb57599
 def plot_binned(
     table:pd.DataFrame, # As from `binned_metrics`
     *scores, # Its columns to draw; all by default
-)->Figure:
+)->Picture:
     "Scores against the bins of a column with their 95 % intervals"
     scores = scores or [c[:-7] for c in table if c.endswith('_95_low')]
-    fig, x = _Picture(figsize=(max(4, 1.1*len(table) + 1.5), 3), layout='constrained'), np.arange(len(table))
+    fig, x = Picture(figsize=(max(4, 1.1*len(table) + 1.5), 3), layout='constrained'), np.arange(len(table))
     ax, colours = fig.subplots(), ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
     for k, s in enumerate(scores):
         bars = np.abs(table[[f'{s}_95_low', f'{s}_95_high']].sub(table[s], axis=0)).T.to_numpy()
@@ -280,7 +272,7 @@ def plot_binned(
     fig.set_label(f'Scores in bins of {table.index.name or "a column"}')
     return fig
 
-# %% ../nbs/30_metrics.ipynb #ea258d6b
+# %% ../nbs/30_metrics.ipynb #61e7dd54
 class GalaxyMetric(AccumMetric):
     "A score of all held-out galaxies, from the probabilities that the learner's loss makes of its outputs"
     def __init__(self, score, k=None, name=None, weights=None):
@@ -301,19 +293,19 @@ def galaxy_metrics(
     each = lambda s: enumerate(classes) if s in ('completeness', 'purity') else [(None, None)]
     return [GalaxyMetric(s, k, s if k is None else f'{s}_{short_name(str(c))}', weights) for s in scores for k, c in each(s)]
 
-# %% ../nbs/30_metrics.ipynb #c077550f
+# %% ../nbs/30_metrics.ipynb #1f1e2070
 def plot_confused(
     y, # True class numbers, `N`
     p, # Probabilities, `N x classes`
     classes, # Class names
     pictures, # `N` pictures, `H x W x 3` of 0 to 255 or 0 to 1, in the order of `y`; only those drawn are asked for
     across:int=2, # Galaxies along a side of a square
-)->Figure:
+)->Picture:
     "Confusion matrix with the galaxies in it, most confident first, and their number"
     y, p, _ = _ready(y, p, None)
     m, k = confusion_matrix(y, p.argmax(1), labels=range(len(classes))), len(classes)
     side = min(.75*across*k, 9) + 1.3
-    fig = _Picture(figsize=(side, side), layout='constrained')
+    fig = Picture(figsize=(side, side), layout='constrained')
     ax, order = fig.subplots(), np.argsort(-p.max(1), kind='stable')
     for (i, j), n in np.ndenumerate(m):
         rows = order[(y == i)[order] & (p.argmax(1) == j)[order]][:across**2]
@@ -324,7 +316,7 @@ def plot_confused(
     fig.set_label('Confusion matrix with galaxies of each square, the most confident first')
     return fig
 
-# %% ../nbs/30_metrics.ipynb #52e95738
+# %% ../nbs/30_metrics.ipynb #81ead4a1
 def _square(ax, i, j, n, share, pictures, across):
     "One square of the confusion matrix: its shade, its galaxies, their number"
     ax.add_patch(Rectangle((j + .015, i + .015), .97, .97, color=str(.95 - .5*share) if i != j else (.9 - .5*share, .95 - .25*share, .9 - .35*share), lw=0))
@@ -334,7 +326,7 @@ def _square(ax, i, j, n, share, pictures, across):
         ax.imshow(picture, extent=(left, left + .97*step, top + .97*step, top), aspect='auto', zorder=2)
     if n: ax.text(j + .085, i + .075, f'{n:,} ({share:.0%})', fontsize=7, va='center')
 
-# %% ../nbs/30_metrics.ipynb #e23ff527
+# %% ../nbs/30_metrics.ipynb #371307e2
 def label_errors(
     y, # Class numbers as labelled, `N`
     p, # Probabilities from a network that was not trained on these galaxies, `N x classes`

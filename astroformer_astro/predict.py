@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['predict_catalog']
 
-# %% ../nbs/33_predict.ipynb #aeaa5f84
+# %% ../nbs/33_predict.ipynb #7e051d3c
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np, pandas as pd
 from .core import GalaxyDataError, atomic_path
 from .data.fits import FitsReader, fits_columns
 from .data.images import PictureReader, bar, check_columns, read_images, read_table
+from .models.astroformer import Astroformer
+from .models.inference import for_inference
 
 # %% ../nbs/33_predict.ipynb #bdbdb9cf
 _writers = {'.parquet': pd.DataFrame.to_parquet, '.csv': pd.DataFrame.to_csv}
@@ -50,7 +53,7 @@ def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
         except GalaxyDataError as e: problems[i] = str(e)
     return pixels, problems
 
-# %% ../nbs/33_predict.ipynb #6840fcc0
+# %% ../nbs/33_predict.ipynb #64a841e1
 def predict_catalog(
     learn, # A trained `Learner`, e.g. from `load_astroformer_learner`
     table, # A `DataFrame`, or the path of a CSV or Parquet file
@@ -65,7 +68,7 @@ def predict_catalog(
     df, given = read_table(table), isinstance(table, pd.DataFrame)
     reader = _opener(learn, images if images is not None else '.' if given else Path(table).parent, x)
     check_columns(df, *fits_columns(reader.x), source='the table' if given else str(table))
-    parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
+    with _fast(learn): parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
     added = pd.concat(parts, ignore_index=True)
     df = pd.concat([df.drop(columns=[c for c in added if c in df]), added], axis=1)
     if out is not None: write_table(_short_digits(df, added) if Path(out).suffix == '.csv' else df, out)
@@ -73,7 +76,16 @@ def predict_catalog(
 
 def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
 
-# %% ../nbs/33_predict.ipynb #b578d312
+# %% ../nbs/33_predict.ipynb #1ccf7156
+@contextmanager
+def _fast(learn):
+    "The learner with its network made ready for inference alone, where that is known to be the same network"
+    model = learn.model
+    if isinstance(model, Astroformer): learn.model = for_inference(model)
+    try: yield
+    finally: learn.model = model
+
+# %% ../nbs/33_predict.ipynb #bbcda92c
 def _predict_rows(learn, reader, df, progress):
     classes = list(learn.dls.vocab)
     pixels, problems = _open_rows(reader, df, progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_samples', 'plot_curves', 'plot_confusion', 'plot_class_table', 'readable_table', 'write_report']
 
-# %% ../nbs/55_report.ipynb #0e110523
+# %% ../nbs/55_report.ipynb #2cd70b73
 import base64, html
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
 from .core import atomic_path, short_name
-from .interpret.plot import Picture, to_png
+from .picture import Picture, to_png
 
 # %% ../nbs/55_report.ipynb #ab60ee90
 def counted(n, one, many=None):

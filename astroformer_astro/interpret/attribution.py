@@ -148,7 +148,12 @@ def truth_of(
     known = catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog)
     return catalog.label.iloc[item] if known else None
 
-# %% ../../nbs/41_interpret.attribution.ipynb #0178b8b2
+# %% ../../nbs/41_interpret.attribution.ipynb #634f8613
+def _probabilities(learn, logits):
+    "As everywhere else that this learner predicts: a calibration is an activation of its loss"
+    return getattr(learn.loss_func, 'activation', lambda x: x.softmax(1))(logits)
+
+# %% ../../nbs/41_interpret.attribution.ipynb #7000a2d3
 def _colours(learn, picture): # `H x W x 3`, 0 to 1
     "What a person is shown: flux in the colours of its stretch, a picture as it is"
     for t in learn.dls.valid.after_batch.fs:
@@ -156,15 +161,15 @@ def _colours(learn, picture): # `H x W x 3`, 0 to 1
     return picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 def _predict(learn, item, picture):
-    with frozen(learn.model), torch.no_grad(): p = picture_logits(learn, picture[None])[0].softmax(0).tolist()
+    with frozen(learn.model), torch.no_grad(): p = _probabilities(learn, picture_logits(learn, picture[None]))[0].tolist()
     return Prediction(_colours(learn, picture), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
 
-# %% ../../nbs/41_interpret.attribution.ipynb #f2e4942d
+# %% ../../nbs/41_interpret.attribution.ipynb #7fa4ec78
 def _choose(options, name, what):
     if name not in options: raise GalaxyDataError(f"there is no {what} {name!r}; choose from {', '.join(options)}")
     return options[name]
 
-# %% ../../nbs/41_interpret.attribution.ipynb #5780db50
+# %% ../../nbs/41_interpret.attribution.ipynb #1bedd59a
 class Explainer:
     "Prediction, attribution and attention of a fastai `Learner`; items as for `read_picture`"
     def __init__(self,
@@ -196,7 +201,7 @@ class Explainer:
         "`AttentionMaps` of one galaxy; raises `GalaxyDataError` if the network has no attention"
         return attention_maps(self.learn.model, _standardise(self.learn, read_picture(self.learn, item)[None]))
 
-# %% ../../nbs/41_interpret.attribution.ipynb #cba30c00
+# %% ../../nbs/41_interpret.attribution.ipynb #5c671a7e
 def predicted_classes(
     learn, # A fastai `Learner` of images
     items, # As for `read_picture`, any number of them

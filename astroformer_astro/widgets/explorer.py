@@ -6,7 +6,7 @@
 __all__ = ['explanation_figure', 'explanation_png', 'attention_png', 'choice_controls', 'index_controls', 'attention_controls',
            'explorer_view', 'GalaxyExplorer']
 
-# %% ../../nbs/51_widgets.explorer.ipynb #11917b83
+# %% ../../nbs/51_widgets.explorer.ipynb #9836c9b5
 import base64, html, sys
 from functools import cached_property, lru_cache
 
@@ -14,7 +14,8 @@ from traitlets import link
 from ..core import GalaxyDataError, atomic_path, require, short_name
 from ..interpret.attention import AttentionMaps, token_side
 from ..interpret.attribution import Attribution, Explainer, Prediction, attribution_baselines, attribution_methods
-from ..interpret.plot import Picture, plot_attention, plot_explanation, to_png
+from ..interpret.plot import plot_attention, plot_explanation
+from ..picture import Picture, to_png
 from .state import ExplorerState, attempt
 
 # %% ../../nbs/51_widgets.explorer.ipynb #4549b0bf
