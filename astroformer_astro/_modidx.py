@@ -1369,6 +1369,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._pair': ( 'models.checkpoint.html#_pair',
                                                                                                     'astroformer_astro/models/checkpoint.py'),
+                                                     'astroformer_astro.models.checkpoint._refuse_changed': ( 'models.checkpoint.html#_refuse_changed',
+                                                                                                              'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._shared': ( 'models.checkpoint.html#_shared',
                                                                                                       'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._told': ( 'models.checkpoint.html#_told',

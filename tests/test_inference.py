@@ -4,8 +4,10 @@ import copy, pickle
 import pytest, torch
 from torch import nn
 
+from astroformer_astro.core import GalaxyDataError
 from astroformer_astro.models import inference
 from astroformer_astro.models.astroformer import astroformer
+from astroformer_astro.models.checkpoint import save_astroformer
 from astroformer_astro.models.inference import ConvGelu, for_inference, onednn_fuses
 
 kinds = [dict(layout='CCCT'), dict(layout='CCTT'), dict(layout='CCCB'), dict(layout='AAAT'), dict(layout='CTTT', rel_attn='post'), dict(layout='CCCT', equivariant=True),
@@ -128,3 +130,8 @@ def test_under_a_compiler_and_autocast():
     compiled = torch.compile(copy.deepcopy(fast), fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
     with torch.autocast('cpu', torch.bfloat16): torch.testing.assert_close(fast(x).float(), model(x).float(), rtol=0, atol=.1)
+
+
+def test_a_folded_network_is_not_saved_as_what_it_was(tmp_path):
+    with pytest.raises(GalaxyDataError, match='save the network that it was made from'): save_astroformer(for_inference(astroformer('astroformer_nano')), tmp_path/'folded')
+    assert not list(tmp_path.iterdir())

@@ -51,7 +51,7 @@ class RelativeBias(nn.Module):
         grid = F.interpolate(grid, size=(2*nh-1, 2*nw-1), mode='bicubic', align_corners=True)
         return grid[0].flatten(1).T
 
-# %% ../../nbs/20_models.attention.ipynb #64bb34ee
+# %% ../../nbs/20_models.attention.ipynb #8d7106e7
 class RelativeAttention(nn.Module):
     "Multi-head self-attention over the pixels of a map, with a learnt bias for each offset"
     def __init__(self,
@@ -76,7 +76,7 @@ class RelativeAttention(nn.Module):
         q, k, v = self._qkv(x)
         bias = self.rel_pos(x.shape[-2:]).to(q.dtype)
         y = (self._watched if watched(self.attend) else self._fused)(q, k, v, bias)
-        return self.proj(y.transpose(-2, -1).reshape(x.shape[0], -1, *x.shape[-2:]))
+        return self.proj(y.transpose(-2, -1).reshape(x.shape[0], self.proj.in_channels, *x.shape[-2:]))
 
     def scores(self, x): # Content part `B x heads x HW x HW` and position part `heads x HW x HW`
         "The two parts of the scores for features `x`, `B x C x H x W`"
@@ -84,7 +84,7 @@ class RelativeAttention(nn.Module):
         return _content(q, k), self.rel_pos(x.shape[-2:])
 
     def _qkv(self, x): # Three times `B x heads x HW x C/heads`
-        return self.qkv(x).view(x.shape[0], self.heads, -1, x.shape[-2]*x.shape[-1]).transpose(-2, -1).chunk(3, dim=-1)
+        return self.qkv(x).view(x.shape[0], self.heads, self.qkv.out_channels//self.heads, x.shape[-2]*x.shape[-1]).transpose(-2, -1).chunk(3, dim=-1)
 
     def _fused(self, q, k, v, bias):
         if self.form == 'pre': return F.scaled_dot_product_attention(q, k, v, bias[None])

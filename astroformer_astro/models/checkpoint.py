@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from ..core import GalaxyDataError, atomic_path
 from .astroformer import Astroformer, AstroformerCfg, model_cfgs
 
-# %% ../../nbs/23_models.checkpoint.ipynb #a6bbb797
+# %% ../../nbs/23_models.checkpoint.ipynb #f301364e
 def model_card(
     learn, # A `Learner` whose `dls` know their galaxies, or an `Astroformer`
     **record, # `classes`, `stats`, `bands`, `stretch` or `reader` where nobody knows them; anything else worth keeping: scores, seeds, the survey
@@ -26,6 +26,7 @@ def model_card(
     "What somebody needs to use the weights: plain numbers, strings and lists; raises `GalaxyDataError` where they do not suit the network"
     model = getattr(learn, 'model', learn)
     if not isinstance(model, Astroformer): raise GalaxyDataError(f'a card describes an Astroformer, not a {type(model).__name__}; keep other networks with `learn.export`.')
+    _refuse_changed(model)
     known = _known(learn)
     known |= {k: record.pop(k) for k in list(record) if k in known}
     software = dict(astroformer_astro=version('astroformer_astro'), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
@@ -41,26 +42,32 @@ def _known(learn):
     if dls is None: return known | {k: v for k, v in getattr(learn, 'card', {}).items() if k in known}
     return known | (dls.card() if hasattr(dls, 'card') else dict(classes=list(getattr(dls, 'classes', ())), stats=getattr(dls, 'stats', None)))
 
-# %% ../../nbs/23_models.checkpoint.ipynb #90383f4a
+# %% ../../nbs/23_models.checkpoint.ipynb #2f3a52de
+def _refuse_changed(model):
+    with torch.device('meta'): whole = Astroformer(model.cfg).state_dict()
+    if whole.keys() != model.state_dict().keys():
+        raise GalaxyDataError(f'this {type(model).__name__} has other weights than its configuration says, as one made for inference has; save the network that it was made from.')
+
+# %% ../../nbs/23_models.checkpoint.ipynb #eac54417
 def _calibration(learn):
     "What `calibrate` found, where it was called"
     scaling = getattr(getattr(learn, 'loss_func', None), 'activation', None)
     return scaling.to_dict() if hasattr(scaling, 'to_dict') else getattr(learn, 'card', {}).get('calibration')
 
-# %% ../../nbs/23_models.checkpoint.ipynb #9432cac7
+# %% ../../nbs/23_models.checkpoint.ipynb #95ca8a79
 def _last_fit(learn):
     "Epochs of the last fit, and how the last of them ended"
     rows = getattr(getattr(learn, 'recorder', None), 'values', None)
     return dict(last_fit=dict(epochs=len(rows)) | dict(zip(learn.recorder.metric_names[1:], rows[-1]))) if rows else {}
 
-# %% ../../nbs/23_models.checkpoint.ipynb #6c147ac5
+# %% ../../nbs/23_models.checkpoint.ipynb #b6ecb005
 def _unsuited(card):
     "What of a card does not suit its network, if anything"
     cfg, (mean, std) = card['cfg'], card['stats'] or ((), ())
     for what, found, n in (('classes', card['classes'], cfg['classes']), *((w, v, cfg['bands']) for w, v in (('means', mean), ('deviations', std), ('bands', card.get('bands', ()))))):
         if len(found) not in (0, n): return f'it names {len(found)} {what}, the network has {n}'
 
-# %% ../../nbs/23_models.checkpoint.ipynb #e3aa0252
+# %% ../../nbs/23_models.checkpoint.ipynb #130fec5e
 def save_astroformer(
     learn, # A `Learner` whose `dls` know their galaxies, or an `Astroformer`
     path, # Where to write; `galaxies` becomes `galaxies.safetensors` and `galaxies.json`
@@ -74,13 +81,13 @@ def save_astroformer(
     with atomic_path(beside) as tmp: tmp.write_text(json.dumps(card | dict(weights_sha256=hashlib.sha256(data).hexdigest()), indent=1))
     return weights
 
-# %% ../../nbs/23_models.checkpoint.ipynb #f714c0c6
+# %% ../../nbs/23_models.checkpoint.ipynb #77d7855d
 def _pair(path):
     path = Path(path)
     if path.suffix not in ('.safetensors', '.json'): path = path.with_name(path.name + '.safetensors')
     return path.with_suffix('.safetensors'), path.with_suffix('.json')
 
-# %% ../../nbs/23_models.checkpoint.ipynb #eb2733b1
+# %% ../../nbs/23_models.checkpoint.ipynb #3c35378c
 def read_card(
     path, # Path of the weights or of the card
 )->dict:
@@ -95,7 +102,7 @@ def read_card(
     if lacking: raise GalaxyDataError(f"{card} does not say {', '.join(map(repr, lacking))}; save the weights again, so that their card is whole.")
     return info
 
-# %% ../../nbs/23_models.checkpoint.ipynb #ebb839ce
+# %% ../../nbs/23_models.checkpoint.ipynb #34703254
 def _weights(path, card):
     "Tensors of `path`, if they are what `card` was written with"
     weights, beside = _pair(path)
@@ -109,26 +116,26 @@ def _weights(path, card):
     if inner: _compare(inner, card, weights, beside)
     return state
 
-# %% ../../nbs/23_models.checkpoint.ipynb #9573e2b1
+# %% ../../nbs/23_models.checkpoint.ipynb #80a48c54
 def _inner(data):
     "The card in the header of safetensors, if there is one"
     header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
     return dict(json.loads(header.get('__metadata__', {}).get('card', '{}')))
 
-# %% ../../nbs/23_models.checkpoint.ipynb #ec43e5e8
+# %% ../../nbs/23_models.checkpoint.ipynb #5270990c
 def _compare(inner, card, weights, beside):
     meant, said = _facts(inner), _facts(card)
     for k in meant | said:
         if meant.get(k) != said.get(k):
             raise GalaxyDataError(f"{beside} says {k} {said.get(k, 'nothing')[:60]}, but {weights.name} was saved with {meant.get(k, 'nothing')[:60]}; copy both files again.")
 
-# %% ../../nbs/23_models.checkpoint.ipynb #7ee20c70
+# %% ../../nbs/23_models.checkpoint.ipynb #ea3afaf0
 def _facts(card):
     cfg = card['cfg'] if isinstance(card.get('cfg'), dict) else {}
     facts = {f'cfg.{k}': v for k, v in cfg.items()} | {k: v for k, v in card.items() if k not in ('cfg', 'record', 'weights_sha256')}
     return {k: json.dumps(v) for k, v in facts.items()}
 
-# %% ../../nbs/23_models.checkpoint.ipynb #b924f158
+# %% ../../nbs/23_models.checkpoint.ipynb #aac08018
 def load_astroformer(
     path, # Path of the weights, with their card beside them
 )->Astroformer: # In evaluation mode; its `.card` holds the classes, statistics and record
@@ -144,7 +151,7 @@ def load_astroformer(
     model.card = card
     return model.eval()
 
-# %% ../../nbs/23_models.checkpoint.ipynb #0d2021f7
+# %% ../../nbs/23_models.checkpoint.ipynb #28c6197a
 _structure = ('widths', 'depths', 'layout', 'rel_attn', 'stem_width', 'head_width')
 
 def arch_name(
@@ -153,7 +160,7 @@ def arch_name(
     "The name under which a network of this structure is known"
     return next((name for name, c in model_cfgs.items() if all(getattr(c, f) == getattr(cfg, f) for f in _structure)), None)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #a07f768d
+# %% ../../nbs/23_models.checkpoint.ipynb #5f9a9166
 def adapt_bands(
     weight:torch.Tensor, # First convolution, `C x bands x k x k`
     old, # Names of its bands, or their number where the names are not known
@@ -168,7 +175,7 @@ def adapt_bands(
     adapted[:, [new.index(b) for b in kept]] = weight[:, [old.index(b) for b in kept]] + lost/len(kept)
     return adapted
 
-# %% ../../nbs/23_models.checkpoint.ipynb #ce90d0b2
+# %% ../../nbs/23_models.checkpoint.ipynb #1acd1fa3
 def _count(bands): return bands if isinstance(bands, int) else len(bands)
 
 def _shared(old, new):
@@ -176,7 +183,7 @@ def _shared(old, new):
     if twice := [b for bands in (old, new) for b in set(bands) if bands.count(b) > 1]: raise GalaxyDataError(f'the band {twice[0]!r} is named twice.')
     return [b for b in new if b in old]
 
-# %% ../../nbs/23_models.checkpoint.ipynb #efd6cada
+# %% ../../nbs/23_models.checkpoint.ipynb #ba502db8
 def load_pretrained(
     model:Astroformer, # The network to fill; changed in place
     path, # Saved weights of the same architecture
@@ -195,11 +202,11 @@ def load_pretrained(
     model.load_state_dict({k: state[k] if k in left else theirs[k] for k in state})
     return adapted + left
 
-# %% ../../nbs/23_models.checkpoint.ipynb #50f958b0
+# %% ../../nbs/23_models.checkpoint.ipynb #75fa58b7
 def _called(cfg): return arch_name(cfg) or 'a network without a name'
 def _mismatch(old, new, names): return ', '.join(f'{n} {getattr(old, n)} instead of {getattr(new, n)}' for n in names)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #c1b70c76
+# %% ../../nbs/23_models.checkpoint.ipynb #f543bbb7
 def _adapt_first(theirs, old, n, bands, path):
     "Bring the first convolution of `theirs` to `n` bands, and say how; its name in a list, if it changed"
     if len(bands) not in (0, n): raise GalaxyDataError(f"{len(bands)} bands are named, {', '.join(bands)}, but the network takes {n}.")
@@ -209,7 +216,7 @@ def _adapt_first(theirs, old, n, bands, path):
     warnings.warn(f'{path}: {_told(had, bands)}.', stacklevel=3)
     return [first]
 
-# %% ../../nbs/23_models.checkpoint.ipynb #c2be2589
+# %% ../../nbs/23_models.checkpoint.ipynb #b40d4fd3
 def _told(old, new):
     kept = _shared(old, new)
     if not kept: return f'each of the {_count(new)} bands starts from the mean of the {_count(old)} trained ones, scaled to the same answer to grey, as no band is known to be in both'
@@ -217,14 +224,14 @@ def _told(old, new):
     said = [f"{', '.join(kept)} keep what they learnt"] + [f"{', '.join(fresh)} start at zero"]*bool(fresh) + [f"what {', '.join(lost)} gave is shared out among those kept"]*bool(lost)
     return '; '.join(said)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #2a4cecac
+# %% ../../nbs/23_models.checkpoint.ipynb #1c15ec27
 def from_timm(
     state:dict, # State dict of timm's `MaxxVit` or of the published Astroformer code
 )->dict: # State dict for `Astroformer`
     "Rename timm's parameters to ours"
     return {k.replace('.blocks.', '.').replace('.relative_position_bias_table', '.bias'): v for k, v in state.items()}
 
-# %% ../../nbs/23_models.checkpoint.ipynb #93018152
+# %% ../../nbs/23_models.checkpoint.ipynb #42ee0977
 def to_timm(
     state:dict, # State dict of an `Astroformer` with the layouts `C` and `T`, `pre`, plain, all strides 2
 )->dict: # State dict for timm's `MaxxVit`
