@@ -148,10 +148,10 @@ def truth_of(
     known = catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog)
     return catalog.label.iloc[item] if known else None
 
-# %% ../../nbs/41_interpret.attribution.ipynb #634f8613
+# %% ../../nbs/41_interpret.attribution.ipynb #1c2ccc1b
 def _probabilities(learn, logits):
     "As everywhere else that this learner predicts: a calibration is an activation of its loss"
-    return getattr(learn.loss_func, 'activation', lambda x: x.softmax(1))(logits)
+    return getattr(getattr(learn, 'loss_func', None), 'activation', lambda x: x.softmax(1))(logits)
 
 # %% ../../nbs/41_interpret.attribution.ipynb #7000a2d3
 def _colours(learn, picture): # `H x W x 3`, 0 to 1
