@@ -1141,6 +1141,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'astroformer_astro.learner._callbacks': ( 'learner.html#_callbacks',
                                                                                      'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._chosen': ('learner.html#_chosen', 'astroformer_astro/learner.py'),
+                                           'astroformer_astro.learner._made_for': ( 'learner.html#_made_for',
+                                                                                    'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._network': ('learner.html#_network', 'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._numbers': ('learner.html#_numbers', 'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._reloaded': ( 'learner.html#_reloaded',

@@ -59,8 +59,8 @@ def _numbers(labels, classes):
     if unknown: raise GalaxyDataError(f"the network knows no class {', '.join(map(repr, unknown))}; it was trained on {', '.join(map(repr, classes))}.")
     return [classes.index(l) for l in labels]
 
-# %% ../nbs/32_learner.ipynb #96a7852f
-augmentations = dict(none=None, orientation=GalaxyAugment, crop=lambda: [RandomResizedCropGPU(None, min_scale=.08)],
+# %% ../nbs/32_learner.ipynb #c994a227
+augmentations = dict(none=None, orientation=GalaxyAugment, crop='crop',
                      sky=lambda: [GalaxyAugment(), BandGain(), SkyLevel(), SkyNoise()])
 optimisers = dict(adamw=Adam, lamb=Lamb, sgd=partial(SGD, mom=.9))
 
@@ -68,17 +68,19 @@ def _chosen(table, name, what):
     if name not in table: raise GalaxyDataError(f"there is no {what} {name!r}; there are {', '.join(table)}.")
     return table[name]
 
-# %% ../nbs/32_learner.ipynb #2d1beadd
+# %% ../nbs/32_learner.ipynb #65e67f30
 def _reloaded(dls, r):
     "The loaders with the augmentation and the sampling of a recipe"
     if r.augment:
         dls = type(dls).from_galaxies(dls.galaxies, bs=dls.train.bs, train=list(dls.train_ds.items), valid=list(dls.valid_ds.items), separation=dls.separation,
-                                      augment=_chosen(augmentations, r.augment, 'augmentation'), stats=dls.stats, device=dls.device)
+                                      augment=_made_for(dls.size, _chosen(augmentations, r.augment, 'augmentation')), stats=dls.stats, device=dls.device)
     if r.sample_power:
         dls, labels = copy.copy(dls), _train_numbers(dls)
         dls.loaders = [dls.train.new(), *dls.loaders[1:]]        # of its own: other learners may share the loaders
         dls.train.weights = class_weights(labels, len(dls.vocab), r.sample_power)[labels].tolist()
     return dls
+
+def _made_for(size, augment): return [RandomResizedCropGPU(size, min_scale=.08)] if augment == 'crop' else augment
 
 def _train_numbers(dls): return _numbers(dls.catalog.label.iloc[list(dls.train_ds.items)], list(dls.vocab))
 
@@ -87,8 +89,8 @@ def _callbacks(r, bs, cuda):
     if cuda: yield MixedPrecision()
     if r.accumulate > 1: yield GradientAccumulation(bs*r.accumulate)
     if r.ema: yield RunningMean(r.ema)
-    if r.mixup: yield MixUp(r.mixup)
-    if r.cutmix: yield CutMix(r.cutmix)
+    if r.mixup: yield MixUp(float(r.mixup))
+    if r.cutmix: yield CutMix(float(r.cutmix))
     if r.freeze_norms: yield RestingNorms()
 
 # %% ../nbs/32_learner.ipynb #5ee161de

@@ -12,7 +12,8 @@ readme = (Path(__file__).parent.parent/'README.md').read_text()
 
 def test_quick_start(tmp_path, monkeypatch):
     code = re.search(r'```python\n(.*?)```', readme, re.S)[1]
-    for long, short in (('n=2000', 'n=100'), ('fit_one_cycle(10', 'fit_one_cycle(1'), ('fit_recipe(5', 'fit_recipe(1'), ('astroformer_pico', 'astroformer_nano')):
+    for long, short in (('n=2000', 'n=100'), ('fit_one_cycle(10', 'fit_one_cycle(1'), ('fit_recipe(5', 'fit_recipe(1'), ('astroformer_pico', 'astroformer_nano'),
+                        ('calibrate(learn)', 'pass')):        # which refuses a network that one epoch on 80 galaxies left worse than chance; tests/test_calibration.py has it
         assert long in code
         code = code.replace(long, short)
     monkeypatch.chdir(tmp_path)
