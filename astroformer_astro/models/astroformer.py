@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_cfgs', 'AstroformerCfg', 'Stage', 'TimmMethods', 'Astroformer', 'astroformer']
 
-# %% ../../nbs/22_models.astroformer.ipynb #2b4dd425
+# %% ../../nbs/22_models.astroformer.ipynb #350d24f7
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace, fields
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
@@ -49,10 +50,10 @@ model_cfgs = {
     'astroformer_4': AstroformerCfg((192,384,768,1536), (2,12,28,2), stem_width=192),
     'astroformer_5': AstroformerCfg((256,512,1280,2048), (2,12,28,2), stem_width=192)}
 
-# %% ../../nbs/22_models.astroformer.ipynb #029af855
+# %% ../../nbs/22_models.astroformer.ipynb #b1c011e9
 @contextmanager
 def _statistics_rest(m):
-    norms = [(c, c.momentum, c.num_batches_tracked.clone()) for c in m.modules() if isinstance(c, nn.BatchNorm2d)]
+    norms = [(c, c.momentum, c.num_batches_tracked.clone()) for c in m.modules() if isinstance(c, _BatchNorm) and c.track_running_stats]
     for c, *_ in norms: c.momentum = 0.
     try: yield
     finally:
@@ -60,19 +61,19 @@ def _statistics_rest(m):
             c.momentum = momentum
             c.num_batches_tracked.copy_(batches)
 
-# %% ../../nbs/22_models.astroformer.ipynb #f4793667
+# %% ../../nbs/22_models.astroformer.ipynb #b95752ee
 class Stage(nn.Sequential):
     "Blocks one after another; with `recompute` their activations are made again in the backward pass"
     recompute = False
 
     def forward(self, x):
         for block in self:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 x = checkpoint(block, x, use_reentrant=False, context_fn=lambda m=block: (nullcontext(), _statistics_rest(m)))
             else: x = block(x)
         return x
 
-# %% ../../nbs/22_models.astroformer.ipynb #6f1f64c7
+# %% ../../nbs/22_models.astroformer.ipynb #0ded36aa
 class TimmMethods:
     "The methods by which timm's factories, optimisers and feature extractors handle a network of stem, stages and head"
     def forward_head(self, x, pre_logits=False): return self.head(x, pre_logits=pre_logits)
@@ -81,7 +82,8 @@ class TimmMethods:
         for stage in self.stages: stage.recompute = enable
 
     def reset_classifier(self, num_classes, global_pool=None):
-        "Fresh last layer for `num_classes`; none for 0"
+        "Fresh last layer for `num_classes`; none for 0. Raises `ValueError` for another pooling than the mean, which a configuration does not know"
+        if global_pool not in (None, 'avg'): raise ValueError(f"the maps are pooled by their mean, 'avg', not by {global_pool!r}")
         self.head.reset(num_classes, global_pool)
         self.cfg, self.num_classes = replace(self.cfg, classes=num_classes), num_classes
 
@@ -144,20 +146,28 @@ def _stages(cfg):
             dim = width
         yield Stage(*blocks)
 
-# %% ../../nbs/22_models.astroformer.ipynb #4d6a6b20
+# %% ../../nbs/22_models.astroformer.ipynb #1d9a807a
 def _check(cfg):
-    if unknown := set(cfg.layout) - {*_kinds, 'T'}: raise ValueError(f"layout {cfg.layout!r} has the letter {', '.join(sorted(unknown))}, other than C, B, A and T")
-    if not len(cfg.layout) == len(cfg.widths) == len(cfg.depths) == len(cfg.strides):
-        raise ValueError(f'layout, widths, depths and strides must be of one length in {cfg}')
+    "Raise `ValueError` for a network that cannot be"
+    if not isinstance(cfg.layout, str) or (unknown := set(cfg.layout) - {*_kinds, 'T'}): raise ValueError(f"layout {cfg.layout!r} is to be of the capital letters C, B, A and T" + (f", and has the letter {', '.join(sorted(unknown))}" if isinstance(cfg.layout, str) else ''))
+    for name in 'widths', 'depths', 'strides':
+        values = getattr(cfg, name)
+        if len(values) != len(cfg.layout): raise ValueError(f'layout {cfg.layout} is of {len(cfg.layout)} stages, but {len(values)} {name} are given')
+        if not all(_counts(v, 1) for v in values): raise ValueError(f'{name} must be whole numbers from 1, not {values}')
+    if set(cfg.strides) - {1, 2}: raise ValueError(f'a stage strides by 1 or 2, not as in {cfg.strides}')
+    for name, least in dict(bands=1, classes=0, stem_width=1, head_width=1).items():
+        if not _counts(v := getattr(cfg, name), least): raise ValueError(f'{name} is their number, from {least}, not {v!r}')
     if cfg.rel_attn not in ('pre', 'post'): raise ValueError(f"rel_attn is 'pre' or 'post', not {cfg.rel_attn!r}")
-    if min(cfg.img_size) < 32: raise ValueError(f'images must be at least 32 px, not {cfg.img_size}')
+    if not all(_counts(s, 32) for s in cfg.img_size): raise ValueError(f'images must be at least 32 px, in whole pixels, not {cfg.img_size}')
     if cfg.equivariant: _check_multiple(cfg.img_size, cfg.strides)
+
+def _counts(v, least): return isinstance(v, int) and not isinstance(v, bool) and v >= least
 
 def _check_multiple(size, strides):
     total = 2*math.prod(strides)
     if any(s % total for s in size): raise ValueError(f'an equivariant network divides its images by {total}: sides must be multiples of that, not {" x ".join(map(str, size))} px')
 
-# %% ../../nbs/22_models.astroformer.ipynb #c574e273
+# %% ../../nbs/22_models.astroformer.ipynb #6ba655d3
 def astroformer(
     name:str='astroformer_pico', # A key of `model_cfgs`
     img_size=64, # Side of the training images or `(H, W)`, px
@@ -168,5 +178,5 @@ def astroformer(
     "The network called `name`, with fresh weights; raises `ValueError` for an unknown name or field"
     if name not in model_cfgs: raise ValueError(f"no network is called {name!r}; there are {', '.join(model_cfgs)}")
     unknown = set(overrides) - {f.name for f in fields(AstroformerCfg)}
-    if unknown: raise ValueError(f"AstroformerCfg has no field {', '.join(sorted(unknown))}")
+    if unknown: raise ValueError(f"AstroformerCfg has no field {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(AstroformerCfg))}")
     return Astroformer(replace(model_cfgs[name], img_size=to_2tuple(img_size), bands=bands, classes=classes, **overrides))

@@ -6,7 +6,7 @@
 __all__ = ['halve', 'Shortcut', 'Polyphase', 'Stem', 'MBConv', 'CbamMBConv', 'LocalMBConv', 'TransformerBlock', 'init_conv',
            'init_transformer', 'TorusConv2d', 'make_equivariant']
 
-# %% ../../nbs/21_models.blocks.ipynb #e34bf194
+# %% ../../nbs/21_models.blocks.ipynb #be5977b9
 import math
 from collections import OrderedDict
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from timm.layers import BatchNormAct2d, ConvMlp, DropPath, LayerNorm2d, SqueezeExcite
 from timm.layers.cbam import CbamModule
-from .attention import LocalAttention, RelativeAttention, wrap
+from .attention import LocalAttention, RelativeAttention, wrap_edges
 
 # %% ../../nbs/21_models.blocks.ipynb #9096ef76
 def halve()->nn.Module:
@@ -157,10 +157,10 @@ def init_transformer(
         if name.startswith('mlp'): nn.init.normal_(c.bias, std=1e-6)
         else: nn.init.zeros_(c.bias)
 
-# %% ../../nbs/21_models.blocks.ipynb #b1c20f80
+# %% ../../nbs/21_models.blocks.ipynb #586c3258
 class TorusConv2d(nn.Conv2d):
     "A convolution of maps whose opposite edges meet"
-    def forward(self, x): return F.conv2d(wrap(x, self.padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+    def forward(self, x): return F.conv2d(wrap_edges(x, self.padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 # %% ../../nbs/21_models.blocks.ipynb #c7d5e182
 def make_equivariant(

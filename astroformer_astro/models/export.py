@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../../nbs/25_models.export.ipynb #0b211d84
+# %% ../../nbs/25_models.export.ipynb #c87b8344
 import json
 from copy import deepcopy
 from functools import partial
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from ..core import GalaxyDataError, atomic_path, require
 from .astroformer import astroformer, model_cfgs
-from .checkpoint import model_card
+from .checkpoint import model_card, network_of
 
 # %% ../../nbs/25_models.export.ipynb #82396710
 def _network(name, img_size=None, in_chans=3, num_classes=10, drop_rate=0., drop_path_rate=0., **fields):
@@ -37,7 +37,7 @@ default_cfgs = generate_default_cfgs({name: dict(
     first_conv='stem.conv1', classifier='head.fc', paper_ids='arXiv:2304.05350', license='apache-2.0') for name, c in model_cfgs.items()})
 globals().update({name: _entry(name) for name in model_cfgs})
 
-# %% ../../nbs/25_models.export.ipynb #c7c58da2
+# %% ../../nbs/25_models.export.ipynb #914bffc5
 def export_onnx(
     learn, # A `Learner` or an `Astroformer`
     path, # Where to write; `galaxies` becomes `galaxies.onnx`
@@ -47,9 +47,9 @@ def export_onnx(
     for module in ('onnx', 'onnxscript'): require(module, 'export')
     path, card = Path(path), model_card(learn, **record)
     if path.suffix != '.onnx': path = path.with_name(path.name + '.onnx')
-    model = getattr(learn, 'model', learn)
+    model = network_of(learn)
     if (size := sum(p.nbytes for p in model.state_dict().values())) > 2e9: raise GalaxyDataError(f'a network of {size/1e9:.1f} GB does not fit in an ONNX file, which ends at 2 GB; export a smaller one.')
-    with atomic_path(path) as tmp: _traced(deepcopy(model).cpu().eval(), card).save(tmp, external_data=False)
+    with atomic_path(path) as tmp: _traced(deepcopy(model).float().cpu().eval(), card).save(tmp, external_data=False)
     return path
 
 # %% ../../nbs/25_models.export.ipynb #e183ffc5

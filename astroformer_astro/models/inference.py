@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onednn_fuses', 'ConvGelu', 'fold_norm_before', 'FoldedAstroformer', 'for_inference']
 
-# %% ../../nbs/26_models.inference.ipynb #aa05aef6
+# %% ../../nbs/26_models.inference.ipynb #239ac202
 from copy import deepcopy
 from functools import cache
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm.layers import ConvMlp
 from timm.layers.cbam import SpatialAttn
-from .attention import wrap
+from .attention import wrap_edges
 from .astroformer import Astroformer
 from .blocks import MBConv, Stem, TorusConv2d
 
@@ -34,7 +34,7 @@ def _onednn(x, packed, conv, last):
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, last, [None], 'none')
 
-# %% ../../nbs/26_models.inference.ipynb #63a8c886
+# %% ../../nbs/26_models.inference.ipynb #c2501b06
 class ConvGelu(nn.Conv2d):
     "A trained convolution, with or without a GELU, that only predicts: `B x C x H x W` to `B x C' x H' x W'`"
     def __init__(self,
@@ -46,13 +46,14 @@ class ConvGelu(nn.Conv2d):
         if isinstance(conv, TorusConv2d): self.margin, self.padding = conv.padding, (0, 0)
 
     def forward(self, x):
-        if self.margin: x = wrap(x, self.margin)
+        if self.margin: x = wrap_edges(x, self.margin)
         if self._fusible(x): return self._fused(x)
         y = super().forward(x)
         return F.gelu(y) if self.gelu else y
 
     def _fusible(self, x):
         if torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu') or not x.numel(): return False
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0: return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad): return False
         return x.device.type == 'cpu' and x.dtype == self.weight.dtype == torch.float32 and onednn_fuses()
 
