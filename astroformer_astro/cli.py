@@ -26,7 +26,7 @@ from .report import counted
 from .synth import get_survey, synth_fits, synth_galaxy10
 from matplotlib.figure import Figure
 
-# %% ../nbs/60_cli.ipynb #8ed74c59
+# %% ../nbs/60_cli.ipynb #28a07334
 def synth(
     path:str, # HDF5 file to write; for survey `c` a folder of FITS cubes and their table
     n:int=2000, # Galaxies
@@ -45,9 +45,10 @@ def predict(
     out:str, # Catalogue to write, `.parquet` or `.csv`
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str=None, # Column with the file names; `file` by default, or for FITS that of the training
+    orientations:bool=False, # Average over the eight orientations
 ):
     "Classify every galaxy of a catalogue"
-    df = predict_catalog(load_astroformer_learner(weights), table, out, images, x, progress=sys.stderr.isatty())
+    df = predict_catalog(load_astroformer_learner(weights), table, out, images, x, orientations=orientations, progress=sys.stderr.isatty())
     bad = df.problem.dropna()
     if len(bad) and len(bad) == len(df): raise GalaxyDataError(_none_predicted(bad, table, out))
     print(f'{counted(len(df), "row")} written to {out}' + (f', {len(bad):,} of them without a prediction: the column problem says why' if len(bad) else ''))

@@ -215,7 +215,16 @@ def fit(learn, epochs=0, cbs=()): # Losses and metrics, a row an epoch; how many
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([lines := EpochLines(stages), *cbs]): learn.fit_recipe(epochs)
     return lines.values, sum(s.epochs for s, _ in stages[:-1])
 
-# %% ../nbs/56_job.ipynb #fa575fc9
+# %% ../nbs/56_job.ipynb #a373802d
+def _unbroken(job):
+    "Folder of the checkpoint; raises `GalaxyDataError` where that of a broken-off run would be lost"
+    folder = Path(job.out)/'checkpoint'
+    broken_off = (folder/'checkpoint.pt').exists()
+    if broken_off and not job.resume: raise GalaxyDataError(f'a training into {job.out} was broken off; go on with it (resume), or remove {folder} to begin anew.')
+    if job.resume and not broken_off: print(f'      no training was broken off in {job.out}: it begins anew', flush=True)
+    return folder
+
+# %% ../nbs/56_job.ipynb #b44ff493
 def train_network(
     job:Job, # Settings
     galaxies, # `GalaxySet` to train on
@@ -225,12 +234,12 @@ def train_network(
     seed_everything(job.seed)
     dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=job.split_seed)
     learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **_recipe(job), **({} if old is None else _kept(old.cfg)))
-    curves, frozen = fit(learn, job.epochs, survive(Path(job.out)/'checkpoint', job.resume))
+    curves, frozen = fit(learn, job.epochs, survive(_unbroken(job), job.resume))
     scores = evaluate(learn) | dict(curves=curves, frozen=frozen, origin=_origin(job, old, dls.vocab))
     save_astroformer(learn, Path(job.out)/'galaxies', job=asdict(job), recipe=asdict(learn.recipe), source=galaxies.source, metrics=scores['metrics'])
     return learn, scores
 
-# %% ../nbs/56_job.ipynb #36d0658f
+# %% ../nbs/56_job.ipynb #5494d96a
 def second_survey(job, learn): # Scores on held-out galaxies of survey b, `before` and `after`
     "Fine-tune the saved weights to half of 400 galaxies of simulated survey b"
     b = _simulate(job, 'b', 400, job.seed + 2)
@@ -241,7 +250,7 @@ def second_survey(job, learn): # Scores on held-out galaxies of survey b, `befor
     save_astroformer(tuned, Path(job.out)/'galaxies_b', source=b.source)
     return dict(labelled=len(dls.train_ds), before=evaluate(learn, b.take(dls.valid_ds.items))['metrics'], after=evaluate(tuned)['metrics'])
 
-# %% ../nbs/56_job.ipynb #75fcbde9
+# %% ../nbs/56_job.ipynb #c9cbe0eb
 def explain_cases(
     learn, # A trained learner
     scores, # As from `evaluate`, on its validation galaxies
@@ -253,7 +262,7 @@ def explain_cases(
     right, wrong = telling_cases(scores['y'], scores['p'], n)
     return dict(right=[draw(i) for i in right], wrong=[draw(i) for i in wrong])
 
-# %% ../nbs/56_job.ipynb #e27a1c79
+# %% ../nbs/56_job.ipynb #d7efdbee
 def _split(dls):
     n = f'{len(dls.train_ds):,} to train on, {len(dls.valid_ds):,} held out, each class in its proportion'
     if dls.groups is None: return n + '; no positions are known, so neighbours on the sky may stand on both sides'
@@ -274,7 +283,7 @@ def _software():
     packages = 'astroformer_astro', 'torch', 'fastai', 'timm', 'captum', 'numpy'
     return ', '.join(f'{p} {version(p)}' for p in packages) + f', Python {platform.python_version()}'
 
-# %% ../nbs/56_job.ipynb #4e3354c0
+# %% ../nbs/56_job.ipynb #4ba79641
 def _facts(job, learn, scores, seconds):
     "How a run was made, as a table of two columns"
     n, frozen, epochs = sum(p.numel() for p in learn.model.parameters()), scores['frozen'], counted(len(scores['curves']) - scores['frozen'], 'epoch')
@@ -284,7 +293,7 @@ def _facts(job, learn, scores, seconds):
             'recipe': ', '.join(f'{k} {v}' for k, v in asdict(learn.recipe).items()), 'loss': _loss(learn), 'seeds': f'{job.seed} for weights, order and augmentation, {job.split_seed} for the split',
             'intervals': '95 %, Wilson, from the number of galaxies alone; they know nothing of wrong labels', 'software': _software(), 'machine': _machine(), 'time': _duration(seconds)}
 
-# %% ../nbs/56_job.ipynb #52529343
+# %% ../nbs/56_job.ipynb #cfa3f35d
 def _sections(job, learn, galaxies, scores, left_out, fresh, second, cases):
     m, curves = scores['metrics'], plot_curves(scores['curves'], learn.recorder.metric_names[3:-1], scores['frozen'])
     yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
@@ -311,7 +320,7 @@ _how_to_read = ('From left to right. The galaxy, with the class it was given and
                 'title says how much is missed). The same as contours over the galaxy. And how much attention the last stage of the network paid to each patch of the image, where 1 is even attention. All this shows what the '
                 'network went by, not that it was right to.')
 
-# %% ../nbs/56_job.ipynb #5fac2393
+# %% ../nbs/56_job.ipynb #f503968b
 def _teller(n):
     "A function that prints numbered steps with the time since the first"
     start, steps = time.perf_counter(), itertools.count(1)
@@ -332,7 +341,7 @@ def _elsewhere(job, learn, say):
     print(f"      survey b, balanced accuracy {second['before']['balanced_accuracy']:.3f} before, {second['after']['balanced_accuracy']:.3f} after")
     return fresh, second
 
-# %% ../nbs/56_job.ipynb #8c8014e4
+# %% ../nbs/56_job.ipynb #1d95597f
 def _results(job, learn, scores, fresh, second, facts):
     names = ['training_loss', 'held_out_loss', *learn.recorder.metric_names[3:-1]]
     return dict(job=job, held_out=scores['metrics'], classes=json.loads(scores['table'].to_json(orient='index')), fresh=fresh, second=second,
@@ -346,7 +355,7 @@ def _peak_memory():
     except ImportError: return None          # Windows keeps no such account
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30), 2)
 
-# %% ../nbs/56_job.ipynb #16970505
+# %% ../nbs/56_job.ipynb #2435b004
 def run_job(
     job:Job, # Settings
 )->dict: # What is in `metrics.json`

@@ -93,7 +93,7 @@ def _callbacks(r, bs, cuda):
     if r.cutmix: yield CutMix(float(r.cutmix))
     if r.freeze_norms: yield RestingNorms()
 
-# %% ../nbs/32_learner.ipynb #5ee161de
+# %% ../nbs/32_learner.ipynb #40618042
 def astroformer_learner(
     dls, # `GalaxyDataLoaders`
     arch='astroformer_pico', # A name in `model_cfgs`, a name of timm's, or an `nn.Module` of your own
@@ -106,6 +106,8 @@ def astroformer_learner(
     "A fastai `Learner`, frozen up to the head where it starts from `pretrained` weights"
     fields = {f.name for f in dataclasses.fields(Recipe)}
     r = make_recipe(recipe or ('finetune' if pretrained else 'scratch_few'), **{k: v for k, v in settings.items() if k in fields})
+    if isinstance(arch, str) and r.freeze_epochs and pretrained is None:
+        raise GalaxyDataError(f'this recipe trains the head of {arch} alone at first, over layers that have learnt nothing; give `pretrained` weights, or another recipe.')
     model = _network(dls, arch, pretrained, r.drop_path, {k: v for k, v in settings.items() if k not in fields})
     dls = _reloaded(dls, r)
     loss = GalaxyLoss(len(dls.vocab), class_weights(_train_numbers(dls), len(dls.vocab), r.weight_power), r.label_smoothing, focal=r.focal).to(dls.device)
@@ -116,9 +118,11 @@ def astroformer_learner(
     if pretrained is not None: learn.freeze()
     return learn
 
-# %% ../nbs/32_learner.ipynb #f9ce3f45
+# %% ../nbs/32_learner.ipynb #77fec896
 def _network(dls, arch, pretrained, drop_path, fields):
     ours = isinstance(arch, str) and arch in model_cfgs
+    if isinstance(arch, str) and not ours and not timm.is_model(arch.split('.')[0]): raise GalaxyDataError(f"no network is called {arch!r}; there are {', '.join(model_cfgs)}, and those of timm.")
+    if known := {'bands', 'classes', 'img_size'} & set(fields): raise GalaxyDataError(f"{', '.join(sorted(known))} of the network are those of the galaxies, and cannot be given.")
     if not ours and pretrained is not None: raise GalaxyDataError('`pretrained` weights are of an Astroformer; load the weights of another network into it yourself, and give the network.')
     if isinstance(arch, nn.Module):
         if fields: raise GalaxyDataError(f"{', '.join(fields)} cannot be set in a network that is made already.")

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['predict_catalog']
 
-# %% ../nbs/33_predict.ipynb #7e051d3c
+# %% ../nbs/33_predict.ipynb #0bf9c7bd
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from .core import GalaxyDataError, atomic_path
 from .data.fits import FitsReader, fits_columns
 from .data.images import PictureReader, bar, check_columns, read_images, read_table
+from .learner import load_astroformer_learner
 from .models.astroformer import Astroformer
+from .models.equivariance import D4Average
 from .models.inference import for_inference
 
 # %% ../nbs/33_predict.ipynb #bdbdb9cf
@@ -53,22 +55,25 @@ def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
         except GalaxyDataError as e: problems[i] = str(e)
     return pixels, problems
 
-# %% ../nbs/33_predict.ipynb #64a841e1
+# %% ../nbs/33_predict.ipynb #0767cfd2
 def predict_catalog(
-    learn, # A trained `Learner`, e.g. from `load_astroformer_learner`
+    learn, # A trained `Learner`, or the path of saved weights
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     out=None, # Where to write the result, `.parquet` or `.csv`; nowhere by default
     images=None, # Folder that the file names start from; by default that of the table
     x=None, # Column with the file names, or what `fits_paths` takes; as in training, or `file`, by default
     rows:int=2000, # Galaxies in memory at a time
+    orientations:bool=False, # Average over the eight orientations: exact under turns and mirrors, eight times the work
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # The catalogue with `predicted`, `confidence`, `p_CLASS` and `problem` added
     "Classify every row; one whose image cannot be used stays in, with the reason in `problem` and no prediction"
     if out is not None: check_output(out)
+    if isinstance(learn, (str, Path)): learn = load_astroformer_learner(learn)
+    if isinstance(learn, torch.nn.Module): raise GalaxyDataError('a network alone does not know how its galaxies were prepared; give its `Learner`, or the path of its weights.')
     df, given = read_table(table), isinstance(table, pd.DataFrame)
     reader = _opener(learn, images if images is not None else '.' if given else Path(table).parent, x)
     check_columns(df, *fits_columns(reader.x), source='the table' if given else str(table))
-    with _fast(learn): parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
+    with _fast(learn, orientations): parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
     added = pd.concat(parts, ignore_index=True)
     df = pd.concat([df.drop(columns=[c for c in added if c in df]), added], axis=1)
     if out is not None: write_table(_short_digits(df, added) if Path(out).suffix == '.csv' else df, out)
@@ -76,12 +81,13 @@ def predict_catalog(
 
 def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
 
-# %% ../nbs/33_predict.ipynb #1ccf7156
+# %% ../nbs/33_predict.ipynb #aa7013db
 @contextmanager
-def _fast(learn):
+def _fast(learn, orientations=False):
     "The learner with its network made ready for inference alone, where that is known to be the same network"
     model = learn.model
     if isinstance(model, Astroformer): learn.model = for_inference(model)
+    if orientations: learn.model = D4Average(learn.model)
     try: yield
     finally: learn.model = model
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CutoutReader', 'LabelReader', 'GalaxyBlock', 'split_rows', 'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #ffb79994
+# %% ../../nbs/15_data.block.ipynb #bd6e5cd4
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,7 +157,7 @@ class _KnownGalaxies(DataLoaders):
         print(f'{len(train)} to train on, {len(valid)} to validate on' + _sky_said(self.groups, self.separation, self.why, train, valid))
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
-# %% ../../nbs/15_data.block.ipynb #9b20b3fc
+# %% ../../nbs/15_data.block.ipynb #92273b4d
 class _GalaxyLoaders(_KnownGalaxies):
     "Loaders of a survey"
     @classmethod
@@ -178,7 +179,7 @@ class _GalaxyLoaders(_KnownGalaxies):
         position = position_columns(galaxies.catalog)
         separation, why = _apart(galaxies, separation)
         groups = sky_groups(*position, separation) if position else None
-        train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
+        with _after_skipping(galaxies): train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
         _tell_conflicts(galaxies.catalog, position)
         stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
@@ -189,7 +190,17 @@ class _GalaxyLoaders(_KnownGalaxies):
         for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, numbers)
         return cls(*dls.loaders, device=dls.device)._know(galaxies, groups, separation, why, stats)
 
-# %% ../../nbs/15_data.block.ipynb #a3aee755
+# %% ../../nbs/15_data.block.ipynb #4d5ecc3c
+@contextmanager
+def _after_skipping(galaxies):
+    "A split that fails after rows were left out may fail because of that, and says so"
+    try: yield
+    except GalaxyDataError as e:
+        left = len(galaxies.skipped)
+        if not left: raise
+        raise GalaxyDataError(f'{left} of {left + len(galaxies)} rows were left out (most often: {galaxies.skipped.problem.value_counts().index[0]}), and of the rest: {e}') from None
+
+# %% ../../nbs/15_data.block.ipynb #aa09974b
 def _tell_conflicts(catalog, position):
     if position and (n := int(duplicates(*position, labels=catalog.label).conflict.sum())):
         warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
@@ -201,7 +212,7 @@ def _made(augment, galaxies):
         if isinstance(t, GalaxyTransform): t.know(galaxies)
     return made
 
-# %% ../../nbs/15_data.block.ipynb #ece21cc5
+# %% ../../nbs/15_data.block.ipynb #9f1526b2
 class _CardLoaders(_GalaxyLoaders):
     "Loaders that prepare galaxies which are not of their survey"
     @classmethod
@@ -238,7 +249,7 @@ class _CardLoaders(_GalaxyLoaders):
         if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
-# %% ../../nbs/15_data.block.ipynb #3da8ef2b
+# %% ../../nbs/15_data.block.ipynb #13f86a01
 class GalaxyDataLoaders(_CardLoaders):
     "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.separation`, `.stats`, `.size`, `.source`"
     @classmethod

@@ -248,10 +248,10 @@ def _numbered(labels, found, classes, name):
     warnings.warn(f'{name} holds numbers, and they are taken to count the classes given: {told}.', stacklevel=4)
     return labels.map(lambda i: classes[int(i)])
 
-# %% ../../nbs/10_data.images.ipynb #ddaa6af3
+# %% ../../nbs/10_data.images.ipynb #f146173c
 def class_names(
     labels:pd.Series, # Class of each row, no gaps
-    classes=None, # Names in the order wanted; those found, sorted, by default
+    classes=None, # Names in the order wanted, a list or a text with commas; those found, sorted, by default
     name:str='the catalogue', # How messages call the catalogue
 )->tuple: # Labels as text, and the class names
     "Labels and vocabulary; numbers count from 0 where `classes` are names; raises `GalaxyDataError` for a label outside of `classes`"
@@ -261,13 +261,13 @@ def class_names(
     if classes is None:
         if len(found) > max(20, len(labels)/2): raise GalaxyDataError(f"column {column!r} has {len(found):,} different values in {len(labels):,} rows ({_first(found)}); that does not look like classes, so name the column that holds them.")
         return labels, found
-    classes = tuple(map(str, classes))
+    classes = tuple(c.strip() for c in classes.split(',')) if isinstance(classes, str) else tuple(map(str, classes))
     extra = [c for c in found if c not in classes]
     if extra and all(c.isdecimal() for c in found): return _numbered(labels, found, classes, name), classes
     if extra: raise GalaxyDataError(f"{name} holds the class {extra[0]!r}, which is not among the classes given: {_first(classes)}.")
     return labels, classes
 
-# %% ../../nbs/10_data.images.ipynb #27dd1416
+# %% ../../nbs/10_data.images.ipynb #c5934bc5
 def file_paths(names, folder): # `None` where no file is named
     return [None if pd.isna(f) else Path(folder)/str(f) for f in names]
 
@@ -280,7 +280,7 @@ def usable_catalog(df, y, paths, problems, size, bad, classes, name):
     labels, classes = class_names(df[y], classes, name)
     return use, skipped, df.assign(label=labels), classes
 
-# %% ../../nbs/10_data.images.ipynb #a077a6e0
+# %% ../../nbs/10_data.images.ipynb #a82d8e65
 def read_catalog(
     table, # A `DataFrame`, or the path of a CSV or Parquet file
     images=None, # Folder that the file names start from; by default that of the table
@@ -298,7 +298,7 @@ def read_catalog(
     use, skipped, df, classes = usable_catalog(df, y, paths, problems, size, bad, classes, name)
     return GalaxySet(_rows_of(pixels, use) if len(skipped) else pixels, df, classes, name, skipped, reader=PictureReader(size, images, x))
 
-# %% ../../nbs/10_data.images.ipynb #dfa167b9
+# %% ../../nbs/10_data.images.ipynb #ec55efe8
 def _arcsec(values, name):
     numbers = pd.to_numeric(values, errors='coerce')
     wrong = values[(numbers.isna() & values.notna()) | (numbers <= 0)]

@@ -37,7 +37,7 @@ def _degrees(values, name, low, high):
     if len(bad): raise GalaxyDataError(f'{name} holds {bad[0]:g}; expected degrees from {low} to {high}.')
     return degrees
 
-# %% ../../nbs/13_data.sky.ipynb #b593c7ee
+# %% ../../nbs/13_data.sky.ipynb #b8e14474
 def _vectors(ra, dec):
     "Unit vectors, `N x 3`, of NaN where there is no position"
     ra, dec = _degrees(ra, 'ra', 0, 360), _degrees(dec, 'dec', -90, 90)
@@ -46,9 +46,9 @@ def _vectors(ra, dec):
     return np.where(np.isfinite(xyz).all(1)[:, None], xyz, np.nan)
 
 def position_columns(catalog):
-    "The columns `ra` and `dec` of a catalogue, in capitals or not; none where it lacks one"
-    name = {str(c).lower(): c for c in catalog.columns}
-    return [catalog[name[c]] for c in ('ra', 'dec')] if {'ra', 'dec'} <= set(name) else []
+    "The columns `ra` and `dec` of a catalogue, in capitals or not, or VizieR's `RAJ2000` and `DEJ2000`; none where it lacks one"
+    name = {str(c).lower().lstrip('_'): c for c in catalog.columns}
+    return next(([catalog[name[ra]], catalog[name[dec]]] for ra, dec in (('ra', 'dec'), ('raj2000', 'dej2000')) if ra in name and dec in name), [])
 
 def _chord(separation):
     "Chord on the unit sphere of angles in arcsec"
