@@ -233,10 +233,11 @@ def _counted(name, size):
         model(torch.empty(1, 3, size, size))
     return dict(name=name, size=size, parameters=sum(p.numel() for p in model.parameters()), gmacs=flops.get_total_flops()/2e9)
 
-# %% ../nbs/59_bench.ipynb #bdf38051
+# %% ../nbs/59_bench.ipynb #af457d50
 def _in_turn(runs, repeats): # Table of seconds, a column a variant
     for f in runs.values(): f()
-    return pd.DataFrame([{k: _seconds(f) for k, f in runs.items()} for _ in range(repeats)])
+    order = list(runs)
+    return pd.DataFrame([{k: _seconds(runs[k]) for k in (order[::-1] if i % 2 else order)} for i in range(repeats)])[order]     # to and fro, so that none is always first
 
 def _seconds(f):
     start = time.perf_counter()
@@ -250,12 +251,13 @@ def _summed_up(seconds, what, batch):
 
 def _timed(name, size, batch, repeats, compiled):
     (ours, theirs), x = _pair(name, size), torch.randn(batch, 3, size, size)
-    variants = dict(timm=theirs.eval(), astroformer=ours.eval(), for_inference=for_inference(ours))
+    turned = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    variants = dict(timm=theirs.eval(), timm_channels_last=turned.eval(), astroformer=ours.eval(), for_inference=for_inference(ours))
     if compiled: variants['compiled'] = torch.compile(for_inference(ours), options=dict(freezing=True))
     with torch.inference_mode():
         for m in variants.values(): torch.testing.assert_close(m(x), theirs(x), rtol=1e-4, atol=1e-4)
         found = _summed_up(_in_turn({k: partial(m, x) for k, m in variants.items()}, repeats), 'inference', batch)
-    steps = dict(timm=_trainer(theirs.train(), x), astroformer=_trainer(ours.train(), x), recompute=_trainer(ours, x, recompute=True))
+    steps = dict(timm=_trainer(theirs.train(), x), timm_channels_last=_trainer(turned.train(), x), astroformer=_trainer(ours.train(), x), recompute=_trainer(ours, x, recompute=True))
     return found + _summed_up(_in_turn(steps, repeats), 'training', batch)
 
 # %% ../nbs/59_bench.ipynb #cc398caa
