@@ -6,8 +6,8 @@
 __all__ = ['bar_cases', 'spread', 'bench_accuracy', 'bench_transfer', 'hostile_file', 'reads_per_second', 'bench_data',
            'bench_model']
 
-# %% ../nbs/59_bench.ipynb #e2e34b7b
-import json, math, os, platform, re, subprocess, sys, tempfile, time
+# %% ../nbs/59_bench.ipynb #83763c68
+import copy, json, math, os, platform, re, subprocess, sys, tempfile, time
 from collections import Counter
 from functools import partial
 from itertools import product
