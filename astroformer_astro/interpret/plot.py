@@ -15,10 +15,10 @@ from .attention import AttentionMaps, token_side
 from .attribution import Attribution, Prediction
 from ..picture import Picture, to_png
 
-# %% ../../nbs/44_interpret.plot.ipynb #b00bd8b8
+# %% ../../nbs/44_interpret.plot.ipynb #dd53d4f2
 def _figure(width, height, panels, **kwargs):
     fig = Picture(figsize=(width, height), layout='constrained')
-    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, rect=(.12/width, 0, 1 - .12/width, 1))      # a long title over the first panel
+    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, rect=(.12/width, 0, 1 - .12/width, 1 - .08/height))      # room for a long title over the first panel, and for the tops of its letters
     return fig, fig.subplots(1, panels, squeeze=False, **kwargs)[0]
 
 # %% ../../nbs/44_interpret.plot.ipynb #ceb8c2e3
@@ -180,7 +180,7 @@ def plot_attention(
     attention_bar(drawn, axs)
     return fig
 
-# %% ../../nbs/44_interpret.plot.ipynb #9a2e9163
+# %% ../../nbs/44_interpret.plot.ipynb #09da9519
 def plot_explanation(
     attribution:Attribution, # Prediction and attribution
     maps:AttentionMaps=None, # Attention, where the network has it
@@ -192,7 +192,7 @@ def plot_explanation(
 )->Picture:
     "Galaxy, probabilities, attribution and attention in a row; write it with `.savefig(path)`"
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
-    fig, axs = _figure(9.6 if maps else 7.9, 2.1, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
+    fig, axs = _figure(9.6 if maps else 7.9, 2.2, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
     draw_picture(axs[0], a.image, _verdict(a))
     draw_probabilities(axs[1], a)
     draw_heatmap(axs[2], heatmap, f'for {_label(a.target)}\n{_how(a)}', vmax)
