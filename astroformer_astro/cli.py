@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['synth', 'predict', 'explain', 'cite', 'train', 'inspect', 'repack_file', 'pack_files', 'cutouts', 'main']
 
-# %% ../nbs/60_cli.ipynb #faf48059
+# %% ../nbs/60_cli.ipynb #4fa1d60d
 import sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 
+from fastai.torch_core import num_distrib
 from fastcore.script import anno_parser
 from fastcore.xtras import trace
 from .bench import bench_accuracy, bench_data, bench_model, bench_transfer
@@ -141,7 +142,7 @@ def cutouts(
     except ValueError: pass                      # the name of a column
     fetch_cutouts(table, folder, size, pxscale, format, layer, bands, provider, name, ra, dec, base_url=base_url, rate=rate, progress=sys.stderr.isatty())
 
-# %% ../nbs/60_cli.ipynb #ff433042
+# %% ../nbs/60_cli.ipynb #ce1a895a
 _verbs = {'synth': synth, 'train': train, 'predict': predict, 'explain': explain, 'bench accuracy': bench_accuracy, 'bench transfer': bench_transfer,
           'bench data': bench_data, 'bench model': bench_model, 'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
 
@@ -158,6 +159,9 @@ def main(
     if verb is None:
         print(_usage(), file=sys.stdout if argv[:1] in (['-h'], ['--help']) else sys.stderr)
         return 0 if argv[:1] in (['-h'], ['--help']) else 2
+    if num_distrib() > 1:
+        print(f'astroformer {verb}: this is one of {num_distrib()} processes, and they would write the same files; the command works in one, and `data_parallel` in a script of your own.', file=sys.stderr)
+        return 2
     f = _verbs[verb]
     options = vars(anno_parser(Job if f is train else f, prog=f'astroformer {verb}').parse_args(argv[len(verb.split()):]))
     if options['pdb']: f = trace(f)

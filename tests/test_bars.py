@@ -49,7 +49,7 @@ def test_real_galaxies_from_scratch_and_to_another_survey(tmp_path):
     assert m['held_out']['balanced_accuracy'] >= .66
     runs = bench_transfer(shared/'gz2'/'labels.csv', tmp_path/'galaxies', seeds=3)
     mean = runs.groupby('start').balanced_accuracy.mean()
-    assert mean['fine-tuned'] > mean['scratch']
+    assert mean['galaxies'] > mean['scratch']
 
 
 def test_reading():
@@ -61,6 +61,6 @@ def test_reading():
 def test_speed_and_memory():
     "Against timm's MaxxVit with the same weights; medians of paired runs, two networks"
     runs = bench_model().set_index(['what', 'variant']).sort_index()
-    assert len(runs) == 12
+    assert set(runs.loc['training'].index) == {'timm', 'timm_channels_last', 'astroformer', 'recompute'}
     assert (runs.over_timm['inference', 'for_inference'] >= 1.5).all()
     assert (runs.over_timm['training', 'astroformer'] >= 1).all() and (runs.peak_over_timm['training', 'astroformer'] <= 1).all()

@@ -24,7 +24,7 @@ def offset_index(
     if toroidal: dy, dx = (dy + h//2) % h - h//2, (dx + w//2) % w - w//2
     return (dy + h-1)*(2*w-1) + dx + w-1
 
-# %% ../../nbs/20_models.attention.ipynb #bf135af3
+# %% ../../nbs/20_models.attention.ipynb #6f43774a
 class RelativeBias(nn.Module):
     "One learnt number a head for every offset between two pixels of an `H x W` map"
     def __init__(self,
@@ -45,16 +45,17 @@ class RelativeBias(nn.Module):
     def resized(self,
         size, # `(H, W)` of another feature map
     ): # `(2H-1)(2W-1) x heads`
-        "The offset kernel on another grid, bicubic, its ends kept; on a torus each offset counts as the short way round"
+        "The offset kernel on another grid, bicubic, its ends kept; on a torus it is periodic, and an offset stays the same part of the way round"
         (h, w), (nh, nw) = self.size, size
         grid = self.bias.T.reshape(1, -1, 2*h-1, 2*w-1)
-        if self.toroidal: grid = grid[:, :, _short_way(h)][..., _short_way(w)]
-        grid = F.interpolate(grid, size=(2*nh-1, 2*nw-1), mode='bicubic', align_corners=True)
-        return grid[0].flatten(1).T
+        if not self.toroidal: return F.interpolate(grid, size=(2*nh-1, 2*nw-1), mode='bicubic', align_corners=True)[0].flatten(1).T
+        around = grid[:, :, _short_way(h)][..., _short_way(w)].double()
+        part = torch.stack(torch.meshgrid(*(torch.arange(1-n, n, device=grid.device).double()/(2*n) for n in (nw, nh)), indexing='xy'), -1)
+        return F.grid_sample(around, part[None], mode='bicubic', align_corners=True)[0].flatten(1).T.to(grid.dtype)
 
-# %% ../../nbs/20_models.attention.ipynb #c351bbc8
-def _short_way(n): # Position in a kernel of side `2n-1` of each of its offsets, taken the short way round
-    return (torch.arange(1-n, n) + n//2) % n - n//2 + n-1
+# %% ../../nbs/20_models.attention.ipynb #02f96f3d
+def _short_way(n): # Position in a kernel of side `2n-1` of the offsets from `-2n` to `2n`, taken the short way round
+    return (torch.arange(-2*n, 2*n+1) + n//2) % n - n//2 + n-1
 
 # %% ../../nbs/20_models.attention.ipynb #fb758ac9
 class RelativeAttention(nn.Module):

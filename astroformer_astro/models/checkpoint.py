@@ -190,12 +190,12 @@ def _shared(old, new):
     if twice := [b for bands in (old, new) for b in set(bands) if bands.count(b) > 1]: raise GalaxyDataError(f'the band {twice[0]!r} is named twice.')
     return [b for b in new if b in old]
 
-# %% ../../nbs/23_models.checkpoint.ipynb #26781879
+# %% ../../nbs/23_models.checkpoint.ipynb #29283b9a
 def load_pretrained(
     model:Astroformer, # The network to fill; changed in place
     path, # Saved weights of the same architecture
     classes=(), # Class names of the network to fill; the last layer is taken over only if they are the same
-    bands=(), # Names of its bands, if known; they find their kernels by the names on the card
+    bands=None, # Names of its bands, which find their kernels by the names on the card; `()` where they have none
 )->list: # Names of the parameters that were not taken over as they are
     "Take over all weights but the last layer where the classes differ; other bands are adapted, with a warning that says how, and offset kernels resized"
     old = load_astroformer(path)
@@ -206,7 +206,7 @@ def load_pretrained(
     for name, m in old.named_modules():
         if hasattr(m, 'resized'): theirs[f'{name}.bias'] = m.resized(model.get_submodule(name).size)
     left = [] if len(classes) and list(old.card['classes']) == list(classes) else ['head.fc.weight', 'head.fc.bias']
-    adapted = _adapt_first(theirs, old, model.cfg.bands, tuple(bands), path)
+    adapted = _adapt_first(theirs, old, model.cfg.bands, bands, path)
     model.load_state_dict({k: state[k] if k in left else theirs[k] for k in state})
     resized = [k for k in state if k not in [*adapted, *left] and before[k] != state[k].shape]
     return adapted + resized + left
@@ -215,17 +215,25 @@ def load_pretrained(
 def _called(cfg): return arch_name(cfg) or 'a network without a name'
 def _mismatch(old, new, names): return ', '.join(f'{n} {getattr(old, n)} instead of {getattr(new, n)}' for n in names)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #287151bb
+# %% ../../nbs/23_models.checkpoint.ipynb #a88fb656
 def _adapt_first(theirs, old, n, bands, path):
     "Bring the first convolution of `theirs` to `n` bands, and say how; its name in a list, if it changed"
-    if len(bands) not in (0, n): raise GalaxyDataError(f"{len(bands)} bands are named, {', '.join(bands)}, but the network takes {n}.")
-    first, had, bands = 'stem.conv1.weight', tuple(old.card.get('bands') or ()) or old.cfg.bands, bands or n
+    if len(bands or ()) not in (0, n): raise GalaxyDataError(f"{len(bands)} bands are named, {', '.join(bands)}, but the network takes {n}.")
+    first, had, asked, bands = 'stem.conv1.weight', tuple(old.card.get('bands') or ()) or old.cfg.bands, bands is not None, tuple(bands or ()) or n
     weight, theirs[first] = theirs[first], adapt_bands(theirs[first], had, bands)
+    if asked and _in_question(had, bands): warnings.warn(f'{path}: {_in_question(had, bands)}', stacklevel=3)
     if torch.equal(weight, theirs[first]): return []
     warnings.warn(f'{path}: {_told(had, bands)}.', stacklevel=3)
     return [first]
 
-# %% ../../nbs/23_models.checkpoint.ipynb #0b41ea11
+# %% ../../nbs/23_models.checkpoint.ipynb #36c5ba4a
+def _in_question(old, new):
+    "A sentence where bands with names meet as many without, which may lie the other way round"
+    if isinstance(old, int) == isinstance(new, int) or _count(old) != _count(new) or _count(old) == 1: return ''
+    named, theirs = (new, 'the weights do') if isinstance(old, int) else (old, 'these galaxies do')
+    return f"{', '.join(named)} are taken in this order for the bands that {theirs} not name. Pictures are red first: reverse the order (bands=) where that is not so."
+
+# %% ../../nbs/23_models.checkpoint.ipynb #fff2f6ce
 def _told(old, new):
     kept = _shared(old, new)
     if not kept: return f'each of the {_count(new)} bands starts from the mean of the {_count(old)} trained ones, scaled to the same answer to grey, as no band is known to be in both'
@@ -233,18 +241,21 @@ def _told(old, new):
     said = [f"{', '.join(kept)} keep what they learnt"] + [f"{', '.join(fresh)} start at zero"]*bool(fresh) + [f"what {', '.join(lost)} gave is shared out among those kept"]*bool(lost)
     return '; '.join(said)
 
-# %% ../../nbs/23_models.checkpoint.ipynb #a6ac3505
+# %% ../../nbs/23_models.checkpoint.ipynb #1358746d
 def from_timm(
     state:dict, # State dict of timm's `MaxxVit` or of the published Astroformer code
 )->dict: # State dict for `Astroformer`
     "Rename timm's parameters to ours"
     return {k.replace('.blocks.', '.').replace('.relative_position_bias_table', '.bias'): v for k, v in state.items()}
 
-# %% ../../nbs/23_models.checkpoint.ipynb #68989770
+# %% ../../nbs/23_models.checkpoint.ipynb #3c02507a
 def to_timm(
-    state:dict, # State dict of an `Astroformer` with the layouts `C` and `T`, `pre`, plain, all strides 2
+    state, # An `Astroformer` with the layouts `C` and `T`, `pre`, plain, all strides 2; or its state dict, whose form is taken on trust
 )->dict: # State dict for timm's `MaxxVit`
-    "Rename our parameters to timm's; raises `GalaxyDataError` for layouts that it does not have"
+    "Rename our parameters to timm's; raises `GalaxyDataError` for what it does not have"
+    if isinstance(state, Astroformer):
+        c, state = state.cfg, state.state_dict()
+        if c.rel_attn != 'pre' or c.equivariant or set(c.strides) != {2}: raise GalaxyDataError(f"timm's MaxxVit is plain, with rel_attn 'pre' and all strides 2; this network has {c.rel_attn!r}, equivariant={c.equivariant} and strides {c.strides}.")
     if odd := [k for k in state if re.search(r'\.cbam\.|\.conv2_kxk\.0\.', k)]:
         raise GalaxyDataError(f"timm's MaxxVit has no place for {odd[0]}: it holds layouts of C and T, not of A and B.")
     rename = lambda k: re.sub(r'^(stages\.\d+)', r'\1.blocks', k).replace('.rel_pos.bias', '.rel_pos.relative_position_bias_table')

@@ -1,0 +1,93 @@
+"""Two processes on the CPU, talking through gloo: the same training as one, and every galaxy once."""
+import json, os, subprocess, sys, textwrap
+
+import numpy as np, pytest
+
+from astroformer_astro.synth import synth_galaxy10
+
+pytest.importorskip('accelerate')
+env = os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true')
+# `accelerate launch --cpu` starts a single process unless there is MPI; what it starts on GPUs is this launcher
+launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0']
+
+# 61 galaxies are trained on and 19 held out, so that the last batches are torn; nothing is drawn at random, so that one process and two can be the same
+script = textwrap.dedent('''
+    import json, os, sys
+    import torch
+    from astroformer_astro.core import seed_everything
+    from astroformer_astro.data.block import GalaxyDataLoaders
+    from astroformer_astro.learner import astroformer_learner
+    from astroformer_astro.parallel import data_parallel
+    from astroformer_astro.survive import survive
+    from fastai.callback.core import Callback
+
+    path, out = sys.argv[1:]
+    class Trace(Callback):
+        def before_fit(self): self.losses, self.rows, self.draws = [], [], []
+        def before_train(self): self.draws.append(torch.rand(1).item())
+        def after_batch(self):
+            if self.training: self.losses.append(self.learn.loss.item()); self.rows += self.dl._DataLoader__idxs[self.iter*self.dl.bs:(self.iter + 1)*self.dl.bs]
+    Trace.order = 60
+
+    def trained(cbs=(), **settings):
+        seed_everything(0)
+        dls = GalaxyDataLoaders.from_hdf5(path, size=32, bs=16, valid=range(19), augment=None, progress=False, device='cpu')
+        learn = astroformer_learner(dls, 'astroformer_nano', drop_path=0., **settings)
+        with learn.no_bar(), learn.no_logging(), data_parallel(learn):
+            learn.fit_one_cycle(2, 2e-3, cbs=[trace := Trace(), *cbs])
+            p, y = learn.get_preds()
+        weights = torch.cat([v.flatten().double() for v in learn.model.state_dict().values()])
+        return dict(losses=trace.losses, order=trace.rows, draws=trace.draws, values=[list(v) for v in learn.recorder.values], p=p.tolist(), y=y.tolist(), weights=weights.tolist(), keys=list(learn.model.state_dict()),
+                    norm=type(learn.model.stages[0][0].norm1).__name__, smooth=[float(l) for l in learn.recorder.losses])
+
+    found = dict(plain=trained(), accumulated=trained(accumulate=2, ema=.9, clip=.5))
+    if len(sys.argv) == 3: json.dump(found, open(f"{out}.{os.environ.get('RANK', 'alone')}", 'w'))
+''')
+
+
+@pytest.fixture(scope='module')
+def survey(tmp_path_factory): return synth_galaxy10(tmp_path_factory.mktemp('s')/'s.h5', n=80, size=32, seed=0, balance='uniform')
+
+
+@pytest.fixture(scope='module')
+def runs(survey, tmp_path_factory):
+    "What the script found alone, and as each of two processes"
+    folder = tmp_path_factory.mktemp('runs')
+    (folder/'script.py').write_text(script)
+    for words in ([sys.executable], launch):
+        done = subprocess.run([*words, folder/'script.py', survey, folder/'out'], capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {k: json.loads((folder/f'out.{k}').read_text()) for k in ('alone', '0', '1')}
+
+
+def test_two_processes_train_as_one(runs):
+    for kind in 'plain', 'accumulated':
+        alone, first, second = (runs[k][kind] for k in ('alone', '0', '1'))
+        np.testing.assert_allclose(np.mean([first['losses'], second['losses']], 0), alone['losses'], rtol=2e-4)
+        np.testing.assert_allclose(first['smooth'], alone['smooth'], rtol=2e-4)
+        np.testing.assert_allclose(first['weights'], alone['weights'], atol=2e-4)
+        assert first['weights'] == second['weights'] and len(alone['losses']) == 6
+
+
+def test_a_batch_is_the_same_galaxies(runs):
+    alone, first, second = (np.array(runs[k]['plain']['order']).reshape(6, -1) for k in ('alone', '0', '1'))
+    assert first.shape == second.shape == (6, 8)
+    np.testing.assert_array_equal(np.hstack([first, second]), alone)
+
+
+def test_scores_are_of_every_galaxy_once(runs):
+    for kind in 'plain', 'accumulated':
+        alone, *two = (runs[k][kind] for k in ('alone', '0', '1'))
+        for one in two:
+            assert one['y'] == alone['y'] and len(one['y']) == 19                       # in order, though 19 is odd
+            np.testing.assert_allclose(one['p'], alone['p'], atol=1e-4)
+            np.testing.assert_allclose(one['values'], alone['values'], rtol=2e-4)
+
+
+def test_the_network_comes_back_as_it_was(runs):
+    for k in '0', '1':
+        assert runs[k]['plain']['keys'] == runs['alone']['plain']['keys'] and runs[k]['plain']['norm'] == 'BatchNormAct2d'
+
+
+def test_processes_draw_for_themselves(runs):
+    assert not set(runs['0']['plain']['draws']) & set(runs['1']['plain']['draws'])
