@@ -1190,6 +1190,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                      'astroformer_astro/interpret/attribution.py'),
                                                          'astroformer_astro.interpret.attribution.blur_baseline': ( 'interpret.attribution.html#blur_baseline',
                                                                                                                     'astroformer_astro/interpret/attribution.py'),
+                                                         'astroformer_astro.interpret.attribution.captum_speed': ( 'interpret.attribution.html#captum_speed',
+                                                                                                                   'astroformer_astro/interpret/attribution.py'),
                                                          'astroformer_astro.interpret.attribution.class_mean_baseline': ( 'interpret.attribution.html#class_mean_baseline',
                                                                                                                           'astroformer_astro/interpret/attribution.py'),
                                                          'astroformer_astro.interpret.attribution.class_pictures': ( 'interpret.attribution.html#class_pictures',

@@ -107,7 +107,7 @@ def _few(labels, rows, n, seed):
     drawn = pd.Series(np.random.default_rng(seed).permutation(np.sort(rows)))
     return np.sort(drawn.groupby(labels.to_numpy()[drawn]).head(n))
 
-# %% ../nbs/59_bench.ipynb #0ff41c73
+# %% ../nbs/59_bench.ipynb #785198ad
 def bench_transfer(
     catalog:str, # CSV or Parquet table of image files: the new survey
     pretrained:str, # Weights to start from, by commas
@@ -117,7 +117,7 @@ def bench_transfer(
     per_class:str='40', # Labelled galaxies of each class, numbers by commas
     seeds:int=3, # Draws of them
     steps:int=300, # Steps of 32 galaxies, with all layers
-    recipe:str='finetune', # Recipe that starts from weights
+    recipe:str='finetune', # How to start from weights: a recipe and what to change, as in "finetune lr=1e-3"
     size:int=64, # Side of the cut-outs, px
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
@@ -125,7 +125,8 @@ def bench_transfer(
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
     whole = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
     train, held = list(whole.train_ds.items), list(whole.valid_ds.items)
-    starts = {'scratch': {}} | {Path(w.strip()).stem: dict(pretrained=w.strip(), recipe=recipe) for w in str(pretrained).split(',')}
+    name, fields = name_and_fields(recipe)
+    starts = {'scratch': {}} | {Path(w.strip()).stem: dict(pretrained=w.strip(), recipe=name, **fields) for w in str(pretrained).split(',')}
     for seed, n, (start, how) in product(range(seeds), map(int, str(per_class).split(',')), starts.items()):
         seed_everything(seed)
         few, watched = _few(galaxies.catalog.label, train, n, seed), held[::max(1, len(held)//16)]           # fastai wants a validation set; the score is taken on all that are held out

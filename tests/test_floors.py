@@ -1,5 +1,5 @@
 """No module imports from its own floor or one above: the arrows of the design point down."""
-import ast, re
+import ast, json, re
 from pathlib import Path
 
 import pytest
@@ -52,3 +52,9 @@ def test_an_upward_arrow_is_seen():
     assert violations(f'{package}.core', f'def f():\n    from {package}.learner import x', table) == [f'{package}.learner']
     assert violations(f'{package}.data.sky', 'from ..learner import x', table) == [f'{package}.learner']
     assert violations(f'{package}.data.sky', 'from ..core import x', table) == []
+
+
+def test_the_network_is_read_in_one_sitting():
+    cells = [''.join(c['source']) for nb in (root/'nbs').glob('2[012]_*.ipynb') for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'code']
+    lines = [l for c in cells if c.startswith('#| export') for l in c.splitlines() if l.strip() and not l.lstrip().startswith('#')]
+    assert 200 < len(lines) < 400

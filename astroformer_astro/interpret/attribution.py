@@ -7,7 +7,7 @@ __all__ = ['attribution_baselines', 'attribution_methods', 'sky_baseline', 'nois
            'class_mean_baseline', 'out_of_memory', 'fit_memory', 'integrated_gradients', 'gradient_shap', 'saliency',
            'input_x_gradient', 'smoothgrad', 'guided_backprop', 'occlusion', 'feature_ablation', 'network_stages',
            'grad_cam', 'valid_methods', 'Prediction', 'Attribution', 'picture_shape', 'read_picture', 'picture_logits',
-           'truth_of', 'Question', 'class_pictures', 'Explainer', 'predicted_classes']
+           'truth_of', 'Question', 'class_pictures', 'Explainer', 'captum_speed', 'predicted_classes']
 
 # %% ../../nbs/41_interpret.attribution.ipynb #93fa4a83
 import time, warnings, zlib
@@ -552,7 +552,28 @@ def _answer(self:Explainer, explain, method, x, start, number, other, progress, 
     with frozen(model): (values, delta, question), self.batches[size] = fit_memory(run, self.batches.get(size) or _at_once(x, None))
     return values, delta, question
 
-# %% ../../nbs/41_interpret.attribution.ipynb #79a44f58
+# %% ../../nbs/41_interpret.attribution.ipynb #60b17e21
+def captum_speed(
+    explainer:Explainer, # Of a learner
+    item, # As for `read_picture`
+    steps:int=50, # Points on the path
+    repeats:int=7, # Of each way, in turn
+)->dict: # Median `seconds` and `captum_seconds`, median of the paired `ratio`, greatest `difference` of the maps
+    "Integrated Gradients here and by Captum called by hand, one after the other"
+    learn, x = explainer.learn, read_picture(explainer.learn, item)[None]
+    start, captum, times = explainer.reference(x[0]), _captum('IntegratedGradients', partial(picture_logits, learn)), [[], []]
+    def here(): return explainer._answer(partial(integrated_gradients, tolerance=np.inf), 'integrated_gradients', x, start, 0, None, None, dict(steps=steps))[0]
+    def by_hand(): return captum.attribute(x, start, 0, n_steps=steps)
+    with frozen(learn.model):
+        learn.model.requires_grad_(True)
+        maps = here(), by_hand().detach()
+        for i in range(2*repeats):
+            began, which = time.perf_counter(), (i + i//2) % 2
+            (here, by_hand)[which]()
+            times[which].append(time.perf_counter() - began)
+    return dict(seconds=np.median(times[0]), captum_seconds=np.median(times[1]), ratio=np.median(np.divide(times[1], times[0])), difference=(maps[0] - maps[1]).abs().max().item())
+
+# %% ../../nbs/41_interpret.attribution.ipynb #82bad1cd
 def predicted_classes(
     learn, # A fastai `Learner` of images
     items, # As for `read_picture`, any number of them

@@ -24,7 +24,7 @@ def offset_index(
     if toroidal: dy, dx = (dy + h//2) % h - h//2, (dx + w//2) % w - w//2
     return (dy + h-1)*(2*w-1) + dx + w-1
 
-# %% ../../nbs/20_models.attention.ipynb #6f43774a
+# %% ../../nbs/20_models.attention.ipynb #f41f1bfa
 class RelativeBias(nn.Module):
     "One learnt number a head for every offset between two pixels of an `H x W` map"
     def __init__(self,
@@ -49,9 +49,8 @@ class RelativeBias(nn.Module):
         (h, w), (nh, nw) = self.size, size
         grid = self.bias.T.reshape(1, -1, 2*h-1, 2*w-1)
         if not self.toroidal: return F.interpolate(grid, size=(2*nh-1, 2*nw-1), mode='bicubic', align_corners=True)[0].flatten(1).T
-        around = grid[:, :, _short_way(h)][..., _short_way(w)].double()
         part = torch.stack(torch.meshgrid(*(torch.arange(1-n, n, device=grid.device).double()/(2*n) for n in (nw, nh)), indexing='xy'), -1)
-        return F.grid_sample(around, part[None], mode='bicubic', align_corners=True)[0].flatten(1).T.to(grid.dtype)
+        return F.grid_sample(grid[:, :, _short_way(h)][..., _short_way(w)].double(), part[None], mode='bicubic', align_corners=True)[0].flatten(1).T.to(grid.dtype)
 
 # %% ../../nbs/20_models.attention.ipynb #02f96f3d
 def _short_way(n): # Position in a kernel of side `2n-1` of the offsets from `-2n` to `2n`, taken the short way round
