@@ -299,3 +299,26 @@ def test_real_files_of_all_kinds_are_tallied_and_most_are_kept():
     with pytest.raises(GalaxyDataError, match='5 without a unit with bands g r z .*3 in nanomaggies with bands r '): read_fits_catalog(table, real, progress=False)
     s = read_fits_catalog(table, real, bad='skip', progress=False)
     assert s.bands == ('g', 'r', 'z') and len(s) == 5 and len(s) + len(s.skipped) == len(files)
+
+
+def _planes_of_bands(path, named, hole=(1,)):
+    "An image and a weight for each band, of which that of some bands is zero in one half"
+    hdus = [fits.PrimaryHDU()]
+    for i, band in enumerate('grz'):
+        pixels, weight = np.random.default_rng(i).normal(5, 1, (32, 32)).astype('f4'), np.ones((32, 32), 'f4')
+        if i in hole: weight[:, 16:] = 0
+        for kind, plane in ('image', pixels), ('invvar', weight):
+            h = fits.ImageHDU(plane)
+            h.header['IMAGETYP'] = kind
+            if named or kind == 'image': h.header['BAND'] = band
+            hdus.append(h)
+    fits.HDUList(hdus).writeto(path)
+    return path
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_the_weight_of_a_band_is_for_that_band(tmp_path, named):
+    image = read_fits(_planes_of_bands(tmp_path/'a.fits', named))
+    assert image.bands == ('g', 'r', 'z')
+    assert [m.mean() for m in image.mask] == [0, .5, 0]
+    assert image.data[0, :, 16:].std() > .5 and image.data[2, :, 16:].std() > .5

@@ -6,7 +6,7 @@
 __all__ = ['CutoutReader', 'LabelReader', 'vote_shares', 'TensorVotes', 'VotesBlock', 'show_results', 'GalaxyBlock', 'split_rows',
            'GalaxyDataLoaders']
 
-# %% ../../nbs/15_data.block.ipynb #0942575f
+# %% ../../nbs/15_data.block.ipynb #41c61927
 import inspect, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +22,7 @@ from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import read_hdf5
 from .images import GalaxySet, PictureReader, _named, _plain, check_columns, open_catalog, read_catalog, to_cutout
 from PIL import Image
-from .sky import _arcsec_said, cutout_separation, duplicates, position_columns, row_splitter, sky_groups, split_galaxies
+from .sky import _arcsec_said, cutout_separation, duplicates, position_columns, row_numbers, row_splitter, sky_groups, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, _grid, band_statistics, collate, dispatch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -159,7 +159,7 @@ class _RowsDL(TfmdDL):
         if rows is None: yield from super().create_batches(samps)
         else: yield from (rows.batch([self.dataset.items[i] for i in some]) for some in self.chunkify(samps))
 
-# %% ../../nbs/15_data.block.ipynb #416bb76d
+# %% ../../nbs/15_data.block.ipynb #3bbdce46
 def split_rows(
     catalog:pd.DataFrame, # Columns `label`, and `ra` and `dec` (degrees) where they are known
     groups=None, # Group on the sky of each galaxy
@@ -181,11 +181,16 @@ def split_rows(
 def _torn(groups, train, valid): # How many galaxies of `valid` are in a group with one of `train`
     return 0 if groups is None else int(np.isin(groups[valid], groups[train]).sum())
 
+def _statistics(galaxies, rows):
+    mean, std = band_statistics(galaxies.images, rows, galaxies.stretch)
+    if galaxies.bands[-1:] == ('mask',): mean[-1], std[-1] = 0, 1          # a hole is 1, however rare holes are in training
+    return mean, std
+
 def _rows(rows, name, n):
-    given = np.asarray(list(rows), int)
+    given = row_numbers(list(rows), n)
     rows = np.unique(given)
     if len(rows) < len(given): raise GalaxyDataError(f'{name} names {len(given) - len(rows)} rows more than once; give each once.')
-    if not len(rows) or rows[0] < 0 or rows[-1] >= n: raise GalaxyDataError(f'{name} must name rows from 0 to {n-1}' + (f'; it holds {rows[0]} to {rows[-1]}.' if len(rows) else '; it is empty.'))
+    if not len(rows): raise GalaxyDataError(f'{name} is empty; it must name rows from 0 to {n-1}.')
     return rows
 
 # %% ../../nbs/15_data.block.ipynb #acf0d599
@@ -217,7 +222,7 @@ class _KnownGalaxies(DataLoaders):
         print(f'{len(train)} to train on, {len(valid)} to validate on' + _sky_said(self.groups, self.separation, self.why, train, valid))
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
-# %% ../../nbs/15_data.block.ipynb #f8f7f32f
+# %% ../../nbs/15_data.block.ipynb #497901c3
 class _GalaxyLoaders(_KnownGalaxies):
     "Loaders of a survey"
     @classmethod
@@ -242,7 +247,7 @@ class _GalaxyLoaders(_KnownGalaxies):
         with _after_skipping(galaxies): train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
         _tell_conflicts(galaxies.catalog, position)
-        stats = stats or band_statistics(galaxies.images, train, galaxies.stretch)
+        stats = stats or _statistics(galaxies, train)
         block, labels, targets = _labels(galaxies, y)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
                            get_x=CutoutReader(galaxies), get_y=LabelReader(labels, y, galaxies.classes), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])

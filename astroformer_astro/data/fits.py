@@ -388,11 +388,21 @@ def _pixels(hdu, window):
         raise GalaxyDataError(f"has an image of {' x '.join(map(str, shape[::-1]))} px; expected width x height, or width x height x bands")
     with np.errstate(all='ignore'): return np.array(hdu.section[(0,)*len(shape[:-3]) + (slice(None),)*cube + window], np.float32, ndmin=3)
 
-# %% ../../nbs/12_data.fits.ipynb #2c6b1a47
+# %% ../../nbs/12_data.fits.ipynb #de6cca84
 def _masked_by(hdus, hdu, masks, window, path):
-    "What masks and weights of the same shape say of an image; where versions are numbered, those of its own"
+    "What masks and weights of the same shape say of an image; where versions are numbered, those of its own, and where there is one for each image, its own"
     same = [hdus[m] for m in masks if hdus[m].shape in (hdu.shape, hdu.shape[-2:])]
-    return sum(_bad_pixels(m, window, _plane_kind(m.header, path, False)[0]) for m in [m for m in same if m.ver == hdu.ver] or same) > 0
+    kinds, same = {}, [m for m in same if m.ver == hdu.ver] or same
+    for m in same: kinds.setdefault(_plane_kind(m.header, path, False)[0], []).append(m)
+    alike = [h for i, h in enumerate(hdus) if i not in masks and h.is_image and h.shape == hdu.shape]
+    return sum(_bad_pixels(m, window, kind) for kind, planes in kinds.items() for m in _of_band(planes, hdu, alike)) > 0
+
+def _of_band(planes, hdu, images):
+    "Of masks or of weights those of one image: of its band, or in its place where there are as many as images"
+    band = lambda h: _names_in(h.header, 1)[0]
+    if len(hdu.shape) == 2 and band(hdu) and (own := [m for m in planes if band(m) == band(hdu)]): return own
+    if len(planes) == len(images) > 1 and not any(map(band, planes)): return [planes[[h is hdu for h in images].index(True)]]
+    return [m for m in planes if len(hdu.shape) > 2 or not band(m)] if any(band(h) for h in images) else planes
 
 def _converted(image, head, unit, zeropoint):
     "The image in nanomaggies, or the flux unit wanted, where that can be done, and no holes in it"

@@ -330,14 +330,14 @@ def file_fingerprint(
             digest.update(f.read(2**16))
     return digest.hexdigest()
 
-# %% ../../nbs/11_data.hdf5.ipynb #84ed9144
+# %% ../../nbs/11_data.hdf5.ipynb #fa616055
 def _mark(path, size): return f'{file_fingerprint(path)} {size} px'
 
 def _made_from(path):
     "What a repacked file says it was made from"
     if not path.exists(): return None
     try:
-        with open_hdf5(path) as f: return _text(f.attrs.get('made_from'))
+        with open_hdf5(path) as f: return _text(f.attrs['made_from']) if 'made_from' in f.attrs else None
     except GalaxyDataError: return None          # a copy that cannot be read is made again
 
 def _place(path, size, need, mark):
@@ -377,7 +377,7 @@ def _attributes(d):
     return {k: np.array([_bytes(t, k) for t in np.ravel(v)]).reshape(np.shape(v)) if isinstance(v, str) or getattr(v, 'dtype', None) == object else v
             for k, v in d.attrs.items() if k not in ('crc32', 'missing')}
 
-# %% ../../nbs/11_data.hdf5.ipynb #639b2f9f
+# %% ../../nbs/11_data.hdf5.ipynb #3ffae7f3
 def repack(
     path, # A file in the Galaxy10 layout
     size:int=None, # Side of the cut-outs, px; that of the file by default
@@ -393,8 +393,9 @@ def repack(
         if out is None and _offset(images) is not None and images.shape[1:3] == (size, size): return path
         _check_size(path, images, size)
         shape, mark = (len(images), size, size, images.shape[-1]), _mark(path, size)
-        out = _place(path, size, 1.1*prod(shape)*images.dtype.itemsize, mark) if out is None else Path(out)
-        if _made_from(out) == mark: return out
+        asked, out = out is not None, _place(path, size, 1.1*prod(shape)*images.dtype.itemsize, mark) if out is None else Path(out)
+        if (made := _made_from(out)) == mark: return out
+        if asked and out.exists() and not made: raise GalaxyDataError(f'{out} exists and was not made by repacking; it is not overwritten, so give another name.')
         print(f'{path} is repacked once, to {out}.')
         _verify(src, progress)
         with atomic_path(out) as tmp:

@@ -71,20 +71,21 @@ def show_results(x:TensorGalaxy, y:TensorCategory, samples, outs, ctxs=None, max
         ax.set_title(f'{short_name(str(truth))}\n{short_name(str(called))}', fontsize=7, color='#007050' if called == truth else '#C03000')
     return ctxs
 
-# %% ../../nbs/12_data.tensor.ipynb #04cb8279
+# %% ../../nbs/12_data.tensor.ipynb #e66329d7
 def band_statistics(
     images, # `N x H x W x C`, uint8 pictures or float32 flux
     rows=None, # Which of them; all by default
     stretch=None, # Maps `C x H x W` of flux to what the network is given
 )->tuple: # Mean and standard deviation of each band as the network is given them, two arrays of length `C`
-    "Mean and standard deviation of each band over all pixels, exact; pictures on a scale of 0 to 1"
+    "Mean and standard deviation of each band over all pixels, exact; pictures on a scale of 0 to 1. A band that never varies, as a mask without holes, has deviation 1"
     n, total, squares = 0, 0., 0.
     for i in range(len(images)) if rows is None else rows:
         bands = np.moveaxis(images[i], -1, 0)
         bands = (bands/np.float32(255) if stretch is None else np.asarray(stretch(bands))).reshape(len(bands), -1)
         n, total, squares = n + bands.shape[1], total + bands.sum(1, dtype=np.float64), squares + np.einsum('cp,cp->c', bands, bands, dtype=np.float64)
     mean = total/n
-    return mean, np.sqrt(np.maximum(squares/n - mean**2, 1e-12))
+    std = np.sqrt(np.maximum(squares/n - mean**2, 0))
+    return mean, np.where(std < 1e-6*np.maximum(1, abs(mean)), 1, std)
 
 # %% ../../nbs/12_data.tensor.ipynb #8b13c2a2
 class StretchFlux(DisplayedTransform):

@@ -145,7 +145,7 @@ def gradient_shap(
     values = sum(v*s for (v, _), s in zip(parts, share))
     return values, _relative(values, sum(d.mean().item()*s for (_, d), s in zip(parts, share)))
 
-# %% ../../nbs/41_interpret.attribution.ipynb #c6503e8a
+# %% ../../nbs/41_interpret.attribution.ipynb #9f82feb6
 def _leaf(x): return x.detach().clone().requires_grad_()
 
 def saliency(forward, x, baseline, target, **_):
@@ -156,7 +156,7 @@ def saliency(forward, x, baseline, target, **_):
 def input_x_gradient(forward, x, baseline, target, **_):
     "Picture times gradient `1 x C x H x W`, by Captum"
     _expect(forward, 1)
-    return _captum('InputXGradient', forward).attribute(_leaf(x), target), None
+    return _captum('InputXGradient', forward).attribute(_leaf(x), target).detach(), None
 
 def smoothgrad(forward, x, baseline, target, steps=50, batch=None, seed=0, noise=.1, **_):
     "Gradient averaged over `steps` copies with Gaussian noise, a share `noise` of the picture's range: `1 x C x H x W`, by Captum's NoiseTunnel"
@@ -165,7 +165,7 @@ def smoothgrad(forward, x, baseline, target, steps=50, batch=None, seed=0, noise
     _expect(forward, steps)
     with _seeded(seed, x):
         return tunnel.attribute(_leaf(x), nt_type='smoothgrad', nt_samples=steps, nt_samples_batch_size=min(steps, _at_once(x, batch)),
-                                stdevs=noise*float(x.max() - x.min()), target=target, abs=False), None
+                                stdevs=noise*float(x.max() - x.min()), target=target, abs=False).detach(), None
 
 # %% ../../nbs/41_interpret.attribution.ipynb #fd6a64d3
 def _network(forward): # The module behind a function of pictures

@@ -8,7 +8,7 @@ __all__ = ['control_maps', 'removal_order', 'RemovalCurve', 'removal_curve', 'ce
            'randomisation_curve', 'map_stability', 'map_sensitivity', 'method_scores', 'rank_methods',
            'explanation_benchmark']
 
-# %% ../../nbs/42_interpret.faithfulness.ipynb #ef8b4458
+# %% ../../nbs/42_interpret.faithfulness.ipynb #0f495845
 import copy, json, time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from scipy.ndimage import shift as shifted
 from scipy.stats import rankdata
 from ..core import GalaxyDataError, atomic_path, require
 from .attention import frozen
-from .attribution import Explainer, attribution_baselines, attribution_methods, picture_logits, read_picture
+from .attribution import Explainer, attribution_baselines, attribution_methods, picture_logits, read_picture, valid_methods
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #e37e55c3
 def _squares(values, side): # Means over squares of `side` px
@@ -268,7 +268,7 @@ def _checks(learn, forgetful, explain, x, target, heatmap): # What a few are ask
     return dict(randomised=rank_correlation(heatmap, other), randomised_absolute=rank_correlation(heatmap, other, True),
                 turned=map_stability(ask, x, target), moved=map_stability(ask, x, target, 'shift'), sensitivity=map_sensitivity(ask, x, target))
 
-# %% ../../nbs/42_interpret.faithfulness.ipynb #aaa0a3d4
+# %% ../../nbs/42_interpret.faithfulness.ipynb #9e10d475
 def method_scores(
     learn, # A fastai `Learner` of images
     items, # Galaxies, as for `read_picture`
@@ -282,7 +282,7 @@ def method_scores(
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # A row for each galaxy and method
     "What the predicted class's map of each method is worth, and of each of `control_maps`; raises `GalaxyDataError` for an unknown name"
-    explainers, began, rows = _methods(methods, baseline), time.perf_counter(), []
+    explainers, began, rows = _methods(methods or valid_methods(learn.model), baseline), time.perf_counter(), []
     if not len(items): raise GalaxyDataError('no galaxies were given to judge explanations on; give some that the network was not trained on.')
     forgetful = _with(learn, list(shuffled_networks(learn.model, seed))[-1][1])
     for i, item in enumerate(progress_bar(items, display=progress)):

@@ -190,11 +190,11 @@ def _shared(old, new):
     if twice := [b for bands in (old, new) for b in set(bands) if bands.count(b) > 1]: raise GalaxyDataError(f'the band {twice[0]!r} is named twice.')
     return [b for b in new if b in old]
 
-# %% ../../nbs/23_models.checkpoint.ipynb #29283b9a
+# %% ../../nbs/23_models.checkpoint.ipynb #d067ef9a
 def load_pretrained(
     model:Astroformer, # The network to fill; changed in place
     path, # Saved weights of the same architecture
-    classes=(), # Class names of the network to fill; the last layer is taken over only if they are the same
+    classes=(), # Class names of the network to fill; the last layer is taken over only if they are the same, in any order
     bands=None, # Names of its bands, which find their kernels by the names on the card; `()` where they have none
 )->list: # Names of the parameters that were not taken over as they are
     "Take over all weights but the last layer where the classes differ; other bands are adapted, with a warning that says how, and offset kernels resized"
@@ -205,7 +205,9 @@ def load_pretrained(
     before = {k: v.shape for k, v in theirs.items()}
     for name, m in old.named_modules():
         if hasattr(m, 'resized'): theirs[f'{name}.bias'] = m.resized(model.get_submodule(name).size)
-    left = [] if len(classes) and list(old.card['classes']) == list(classes) else ['head.fc.weight', 'head.fc.bias']
+    head, known = ['head.fc.weight', 'head.fc.bias'], list(old.card['classes'])
+    left = [] if len(classes) and set(known) == set(classes) else head
+    if not left: theirs |= {k: theirs[k][[known.index(c) for c in classes]] for k in head}
     adapted = _adapt_first(theirs, old, model.cfg.bands, bands, path)
     model.load_state_dict({k: state[k] if k in left else theirs[k] for k in state})
     resized = [k for k in state if k not in [*adapted, *left] and before[k] != state[k].shape]
