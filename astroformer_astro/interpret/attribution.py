@@ -274,7 +274,7 @@ def _choose(options, name, what):
     if name not in options: raise GalaxyDataError(f"there is no {what} {name!r}; choose from {', '.join(map(str, options))}")
     return options[name]
 
-# %% ../../nbs/41_interpret.attribution.ipynb #77ac2dce
+# %% ../../nbs/41_interpret.attribution.ipynb #ed18483d
 attribution_methods = dict(integrated_gradients=integrated_gradients, gradient_shap=gradient_shap, saliency=saliency, smoothgrad=smoothgrad, input_x_gradient=input_x_gradient,
                            guided_backprop=guided_backprop, occlusion=occlusion, feature_ablation=feature_ablation, grad_cam=grad_cam)
 
@@ -282,9 +282,10 @@ def valid_methods(
     network:nn.Module, # Any network
 )->list:
     "Keys of `attribution_methods` that mean something for this network"
+    refused = [] if any(isinstance(m, nn.Conv2d) for m in network.modules()) else ['grad_cam']
     try: _check_relu(network)
-    except GalaxyDataError: return [m for m in attribution_methods if m != 'guided_backprop']
-    return list(attribution_methods)
+    except GalaxyDataError: refused.append('guided_backprop')
+    return [m for m in attribution_methods if m not in refused]
 
 # %% ../../nbs/41_interpret.attribution.ipynb #58d15da9
 @dataclass(eq=False)
