@@ -121,7 +121,7 @@ def astroformer_learner(
     "A fastai `Learner`, frozen up to the head where it starts from `pretrained` weights"
     fields = {f.name for f in dataclasses.fields(Recipe)}
     r = make_recipe(recipe or ('finetune' if pretrained else 'scratch_few'), **{k: v for k, v in settings.items() if k in fields})
-    if isinstance(arch, str) and r.freeze_epochs and pretrained is None:
+    if isinstance(arch, str) and r.head_first and pretrained is None:
         raise GalaxyDataError(f'this recipe trains the head of {arch} alone at first, over layers that have learnt nothing; give `pretrained` weights, or another recipe.')
     model = _network(dls, arch, pretrained, r.drop_path, {k: v for k, v in settings.items() if k not in fields})
     dls = _reloaded(dls, r)
@@ -130,7 +130,7 @@ def astroformer_learner(
     cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
     learn = Learner(dls, model, loss, opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
-                    metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
+                    train_bn=not r.freeze_norms, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
     learn.recipe, learn.precision, learn.compiled = r, precision, compile
     if pretrained is not None: learn.freeze()
     return learn
@@ -162,9 +162,8 @@ def recipe_stages(self:Learner,
     epochs:int=0, # Epochs of all layers; those of the recipe by default
 ): # A list of `TrainingStage`
     "What `fit_recipe` will do"
-    r, n = self.recipe, len(self.dls.train_ds)
-    by_steps = -(-r.steps//max(1, len(self.dls.train)))
-    return training_stages(r, epochs or r.epochs or by_steps or default_epochs(n), len(self.splitter(self.model)))
+    r, batches = self.recipe, max(1, len(self.dls.train))
+    return training_stages(r, epochs or r.epochs or -(-r.steps//batches) or default_epochs(len(self.dls.train_ds)), len(self.splitter(self.model)), batches)
 
 @patch
 def fit_recipe(self:Learner,

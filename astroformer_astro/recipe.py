@@ -8,7 +8,7 @@ __all__ = ['recipes', 'Recipe', 'recipe', 'name_and_fields', 'default_epochs', '
 
 # %% ../nbs/31_recipe.ipynb #21177810
 import ast, dataclasses, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np, torch
 import torch.nn.functional as F
@@ -42,15 +42,20 @@ class Recipe:
     cutmix:float = 0. # CutMix, alpha
     augment:str = '' # A key of `augmentations` in place of what the loaders have
     freeze_epochs:int = 0 # Epochs of the head alone, before all layers
+    freeze_steps:int = 0 # At least so many steps of the head alone, however few galaxies make an epoch
+    tune_lr:float = 0. # Largest rate of the head once the layers before it learn as well; 0 for half of `lr`
     unfreeze:str = 'at once' # Then all layers `at once`, `one by one`, or `never`
-    freeze_norms:bool = False # Keep the statistics of BatchNorm as they came: for few images
+    freeze_norms:bool = False # Keep the statistics of BatchNorm as they came, and its weights as long as their layers are held still: for few images
+
+    head_first = property(lambda self: bool(self.freeze_epochs or self.freeze_steps) or self.unfreeze == 'never', doc='Whether it begins with the head alone')
 
 # %% ../nbs/31_recipe.ipynb #953e9e4a
 recipes = dict(
     scratch_few=Recipe(),
     scratch_many=Recipe(warmup=.1, ema=.999, mixup=.2, drop_path=.2),
-    finetune=Recipe(lr=4e-3, lr_mult=5, freeze_epochs=3),
-    linear_probe=Recipe(lr=1e-2, freeze_epochs=20, unfreeze='never'),
+    finetune=Recipe(lr=4e-3, lr_mult=5, freeze_epochs=3, freeze_steps=100),
+    finetune_few=Recipe(lr=4e-3, tune_lr=5e-4, lr_mult=5, freeze_epochs=3, freeze_steps=200, freeze_norms=True),
+    linear_probe=Recipe(lr=4e-3, freeze_epochs=20, freeze_steps=200, unfreeze='never', freeze_norms=True, drop_path=0),
     paper=Recipe(steps=2100, lr=5.66e-5, wd=2e-5, clip=0, weight_power=0, drop_path=0, augment='crop'))
 
 # %% ../nbs/31_recipe.ipynb #44ea93d2
@@ -62,7 +67,7 @@ def recipe(
     if isinstance(name, str) and name not in recipes: raise GalaxyDataError(f"no recipe is called {name!r}; there are {', '.join(recipes)}.")
     known = [f.name for f in dataclasses.fields(Recipe)]
     if unknown := [f for f in fields if f not in known]: raise GalaxyDataError(f"a recipe has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
-    return dataclasses.replace(recipes[name] if isinstance(name, str) else name, **fields)
+    return replace(recipes[name] if isinstance(name, str) else name, **fields)
 
 # %% ../nbs/31_recipe.ipynb #0940816c
 def name_and_fields(
@@ -97,13 +102,19 @@ def training_stages(
     r:Recipe, # The recipe
     epochs:int, # Epochs of all layers
     groups:int, # Groups of layers
+    batches:int=10**6, # Steps of an epoch
 )->list: # A `TrainingStage` each
     "What a recipe does, in order"
-    head = TrainingStage('the head alone', groups - 1, r.freeze_epochs, r.lr, 1, dict(pct_start=.99))
-    every = TrainingStage('all layers', 0, epochs, r.lr/2, r.lr_mult, dict(pct_start=.3, div=5.)) if r.freeze_epochs else TrainingStage('all layers', 0, epochs, r.lr, r.lr_mult, dict(pct_start=r.warmup))
-    between = [TrainingStage(f'the last {groups - k} groups', k, 1, r.lr/2, r.lr_mult, dict(pct_start=.3, div=5.)) for k in range(groups - 2, 0, -1)]
-    if r.unfreeze == 'never': return [dataclasses.replace(head, epochs=r.freeze_epochs or epochs)]
-    return [head]*bool(r.freeze_epochs) + between*(r.unfreeze == 'one by one') + [every]
+    cycle, gentle = dict(pct_start=r.warmup), dict(pct_start=.3, div=5.)
+    if not r.head_first: return [TrainingStage('all layers', 0, epochs, r.lr, r.lr_mult, cycle)]
+    alone = max(r.freeze_epochs, -(-r.freeze_steps//batches)) or epochs
+    head = TrainingStage('the head alone', groups - 1, alone, r.lr, 1, cycle)
+    if r.unfreeze == 'never': return [head]
+    rest = [TrainingStage('all layers', 0, epochs, r.tune_lr or r.lr/2, r.lr_mult, gentle)]
+    if r.unfreeze == 'one by one':
+        each = -(-alone//max(1, groups - 2))
+        rest = [replace(rest[0], what=f'the last {groups - k} groups', frozen=k, epochs=each) for k in range(groups - 2, 0, -1)] + rest
+    return [head] + rest
 
 # %% ../nbs/31_recipe.ipynb #de6033c5
 class GalaxyLoss(nn.Module):

@@ -49,7 +49,7 @@ def tuned(scratch, catalogue, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr('builtins.print', lambda *words, **_: said.append(' '.join(map(str, words))))
-        assert main(['train', *options(catalogue, scratch), '--classes', 'late,early', '--epochs', '1', '--out', str(out)]) == 0
+        assert main(['train', *options(catalogue, scratch), '--classes', 'late,early', '--epochs', '1', '--recipe', 'finetune freeze_steps=3', '--out', str(out)]) == 0
     return out, '\n'.join(said)
 
 
