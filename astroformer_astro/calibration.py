@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['reliability_table', 'ece_null', 'calibration_test', 'plot_reliability', 'Scaling', 'fit_scaling', 'cross_calibrate',
-           'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'calibrate', 'use_scaling',
-           'current_scaling', 'ForgetCalibration', 'Opinions', 'MCDropout', 'Orientations', 'ensemble_predict']
+           'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'training_lean', 'calibrate',
+           'use_scaling', 'current_scaling', 'ForgetCalibration', 'Opinions', 'MCDropout', 'Orientations',
+           'ensemble_predict']
 
 # %% ../nbs/31_calibration.ipynb #c4d4082f
 import copy, warnings
@@ -23,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .core import GalaxyDataError, from_settings
 from .data.augment import dihedral
 from .data.sky import _deal
-from .metrics import _ratio, _ready, bin_column, ece, nll
+from .metrics import _ratio, _ready, bin_column, ece, galaxy_scores, nll
 from .picture import Picture
 from fastai.callback import progress # gives a `Learner` its `no_bar`
 from fastai.callback.core import Callback
@@ -94,19 +95,21 @@ def plot_reliability(
     return fig
 
 # %% ../nbs/31_calibration.ipynb #4d2e7d63
-_kinds = dict(temperature=(False, False), shift=(False, True), vector=(True, True)) # a factor for each class? a shift?
+_kinds = dict(temperature=(False, False), prior=(False, False), shift=(False, True), vector=(True, True)) # a factor for each class? a shift to be fitted?
 
 def _told(r):
+    "What a record says, in half a sentence"
     if 'ece_after' not in r: return ''
     low, high = r['ece_expected_95']
-    return (f"; fitted to {r['n']:,} galaxies, cross-fitted in {r['folds']} folds: ECE {r['ece_before']:.3f} before, {r['ece_after']:.3f} after (a perfectly calibrated network: "
-            f"{low:.3f} to {high:.3f}), NLL {r['nll_before']:.3f} before, {r['nll_after']:.3f} after")
+    change = lambda name, key: f"{name} {r[key + '_before']:.3f} before, {r[key + '_after']:.3f} after"
+    return (f"; fitted to {r['n']:,} galaxies, cross-fitted in {r['folds']} folds: {change('ECE', 'ece')} (a perfectly calibrated network: {low:.3f} to {high:.3f}), "
+            + ', '.join((change('NLL', 'nll'), change('accuracy', 'accuracy'), change('balanced accuracy', 'balanced_accuracy'))))
 
 # %% ../nbs/31_calibration.ipynb #9ea97714
 @dataclass(repr=False)
 class Scaling:
     "Probabilities from logits: softmax of `scale*logits + shift`; as `activation` of a loss it calibrates a fastai `Learner`"
-    kind:str='temperature' # `temperature`, `shift` or `vector`
+    kind:str='temperature' # `temperature`, `prior`, `shift` or `vector`
     scale:tuple=(1.,) # One factor for all classes, or one each; 1/T
     shift:tuple=(0.,) # The same for what is added
     record:dict=field(default_factory=dict) # What it was fitted to and what that brought
@@ -131,21 +134,27 @@ class Scaling:
 def fit_scaling(
     logits, # Outputs of the network before softmax; but for `vector` also logarithms of probabilities: `N x classes`
     y, # True class numbers, `N`
-    kind:str='temperature', # `temperature`, `shift` or `vector`
+    kind:str='temperature', # `temperature`, `prior`, `shift` or `vector`
     weights=None, # Of the galaxies, `N`; all alike by default
+    class_weights=None, # For `prior`: how much each class counted in training over how often it is there, `classes`; a common factor does not matter
 )->Scaling:
     "Maximum likelihood by LBFGS in double precision; raises `GalaxyDataError` where the galaxies do not allow it"
     if kind not in _kinds: raise GalaxyDataError(f"no scaling is called {kind!r}; there are {', '.join(_kinds)}.")
     x = np.asarray(logits, np.float64)
     y, _, w = _ready(y, x, weights)
     _check_outputs(x, y, kind)
-    scale, shift = _likeliest(*map(torch.from_numpy, (x, y, w/w.sum())), *_kinds[kind])
-    if len(scale) == 1 and not scale[0] > 0: raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
+    known = _known_shift(class_weights, x.shape[1]) if kind == 'prior' else np.zeros(1)
+    scale, shift = _likeliest(*map(torch.from_numpy, (x, y, w/w.sum(), known)), *_kinds[kind])
+    if len(scale) == 1 and not scale[0] > 0:
+        raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
     return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)))
 
-def _likeliest(x, y, w, each, shifted):
-    scale, shift = (torch.full((k,), v, dtype=torch.float64, requires_grad=True) for k, v in ((x.shape[1] if each else 1, 1.), (x.shape[1] if shifted else 1, 0.)))
-    opt = torch.optim.LBFGS([scale, shift] if shifted else [scale], max_iter=200, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn='strong_wolfe')
+# %% ../nbs/31_calibration.ipynb #c8ba9270
+def _likeliest(x, y, w, shift, each, shifted):
+    "Factor and shift of the largest likelihood, from 1 and `shift`"
+    scale, shift = torch.ones(x.shape[1] if each else 1, dtype=torch.float64), shift.expand(x.shape[1] if shifted else len(shift)).clone()
+    fitted = [t.requires_grad_() for t in ([scale, shift] if shifted else [scale])]
+    opt = torch.optim.LBFGS(fitted, max_iter=200, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn='strong_wolfe')
     def loss():
         opt.zero_grad()
         l = (w*F.cross_entropy(x*scale + shift, y, reduction='none')).sum()
@@ -154,30 +163,45 @@ def _likeliest(x, y, w, each, shifted):
     opt.step(loss)
     return scale.detach(), shift.detach()
 
+# %% ../nbs/31_calibration.ipynb #f2064b14
+def _known_shift(class_weights, k):
+    w = np.asarray(() if class_weights is None else class_weights, float)
+    if w.shape != (k,) or not (np.isfinite(w) & (w > 0)).all():
+        raise GalaxyDataError(f'the weights of the classes in training are {w.tolist()}; to undo them takes {k} numbers above 0, or another kind of scaling.')
+    return -np.log(w)
+
 def _check_outputs(x, y, kind):
-    if not np.isfinite(x).all(): raise GalaxyDataError(f'the outputs of {(~np.isfinite(x)).any(1).sum()} of {len(x)} galaxies are not finite; a probability of 0 has no logarithm, so give logits, or clip the probabilities.')
-    if (x.argmax(1) == y).all(): warnings.warn(f'all {len(y)} galaxies are classified rightly, so that they set no limit to the confidence; use more galaxies, or do not rely on these probabilities.', stacklevel=3)
-    if kind != 'temperature' and (lost := np.setdiff1d(np.arange(x.shape[1]), y)).size: raise GalaxyDataError(f'none of these {len(y)} galaxies is of class number {lost[0]}, so that no shift can be fitted for it; use a temperature, or more galaxies.')
+    odd = ~np.isfinite(x).all(1)
+    if odd.any():
+        raise GalaxyDataError(f'the outputs of {odd.sum()} of {len(x)} galaxies are not finite; a probability of 0 has no logarithm, so give logits, or clip the probabilities.')
+    if (x.argmax(1) == y).all():
+        warnings.warn(f'all {len(y)} galaxies are classified rightly, so that they set no limit to the confidence; use more galaxies, or do not rely on these probabilities.', stacklevel=3)
+    if _kinds[kind][1] and (lost := np.setdiff1d(np.arange(x.shape[1]), y)).size:
+        raise GalaxyDataError(f'none of these {len(y)} galaxies is of class number {lost[0]}, so that no shift can be fitted for it; use a temperature, or more galaxies.')
 
 # %% ../nbs/31_calibration.ipynb #7436117a
 def cross_calibrate(
     logits, # Outputs of the network before softmax, `N x classes`
     y, # True class numbers, `N`
-    kind:str='temperature', # `temperature`, `shift` or `vector`
+    kind:str='temperature', # `temperature`, `prior`, `shift` or `vector`
     groups=None, # Group on the sky of each galaxy; those of a group stay in one fold
     folds:int=5, # Number of folds, or as many as the galaxies allow
     seed:int=0, # Decides which galaxy falls into which
+    class_weights=None, # As of `fit_scaling`
 )->np.ndarray: # `N x classes`
     "Probabilities of each galaxy, calibrated by galaxies of the other folds"
     x, y = np.asarray(logits, np.float64), np.asarray(y)
     fold, q = _folds(y, groups, folds, seed), np.empty_like(x)
-    for f in np.unique(fold): q[fold == f] = fit_scaling(x[fold != f], y[fold != f], kind)(torch.from_numpy(x[fold == f])).numpy()
+    for f in np.unique(fold):
+        own = fold == f
+        q[own] = fit_scaling(x[~own], y[~own], kind, class_weights=class_weights)(torch.from_numpy(x[own])).numpy()
     return q
 
 def _folds(y, groups, folds, seed):
     groups = np.arange(len(y)) if groups is None else np.asarray(groups)
     k = min(folds, np.bincount(y).max(), len(np.unique(groups)))
-    if k < 2: raise GalaxyDataError(f'{len(y)} galaxies in {len(np.unique(groups))} groups on the sky cannot be dealt into folds; use more galaxies.')
+    if k < 2:
+        raise GalaxyDataError(f'{len(y)} galaxies in {len(np.unique(groups))} groups on the sky cannot be dealt into folds; use more galaxies.')
     return _deal(y, groups, k, seed)
 
 # %% ../nbs/31_calibration.ipynb #869c5607
@@ -259,32 +283,54 @@ def coverage_range(
     return tuple(float(v/n) for v in betabinom.ppf((.025, .975), n, rank, n_fit + 1 - rank))
 
 # %% ../nbs/31_calibration.ipynb #be601bfe
+def training_lean(
+    learn, # A `Learner`
+)->np.ndarray: # `classes`, 1 on average; `None` where all classes count alike
+    "How much each class counts in training, over how often it is there: its weight in the loss, times how often the loader draws its galaxies"
+    lean, loss = np.ones(len(learn.dls.vocab)), getattr(learn.loss_func, 'func', learn.loss_func)         # fastai wraps PyTorch's losses
+    if isinstance(weight := getattr(loss, 'weight', None), torch.Tensor): lean = lean*weight.double().cpu().numpy()
+    if getattr(learn.dls.train, 'weights', None) is not None:
+        y = np.array([list(learn.dls.vocab).index(l) for l in learn.dls.catalog.label.iloc[list(learn.dls.train_ds.items)]])
+        n = np.bincount(y, minlength=len(lean))
+        lean = lean*np.where(n > 0, np.bincount(y, learn.dls.train.weights, len(lean))/np.maximum(n, 1), 1)
+    return None if np.ptp(lean) < 1e-6*lean.max() else lean/lean.mean()
+
+# %% ../nbs/31_calibration.ipynb #c0d25b54
 def calibrate(
     learn, # A trained `Learner`; from now on its predictions are calibrated
-    kind:str='temperature', # `temperature`, `shift` (also undoes class weights) or `vector`
+    kind:str=None, # `temperature`, `prior`, `shift` or `vector`; by default `prior` where training leaned towards some classes, else `temperature`
     dl=None, # Labelled galaxies to fit to; the validation galaxies by default
     coverage:float=None, # Also fit `ConformalSets` that hold the true class this often
     method:str='aps', # Of these sets: `lac`, `aps` or `raps`
+    by_class:bool=False, # Whether they should hold each class this often
     groups=None, # Group on the sky of each galaxy; those of the validation galaxies are known
     folds:int=5, # For what is reported
     seed:int=0, # Decides which galaxy falls into which fold
 )->Scaling: # With a `record` of what it was fitted to and what that brought
     "Fit a scaling to galaxies that were not trained on, report it cross-fitted, and predict through it from now on"
-    logits, y = _outputs(learn, dl)
-    if groups is None and dl is None and getattr(learn.dls, 'groups', None) is not None: groups = np.asarray(learn.dls.groups)[list(learn.dls.valid_ds.items)]
-    scaling, crossed = fit_scaling(logits, y, kind), cross_calibrate(logits, y, kind, groups, folds, seed)
+    (logits, y), lean = _outputs(learn, dl), training_lean(learn)
+    kind = kind or ('temperature' if lean is None else 'prior')
+    if lean is None: lean = np.ones(logits.shape[1])
+    if groups is None and dl is None: groups = _known_groups(learn.dls)
+    scaling, crossed = fit_scaling(logits, y, kind, class_weights=lean), cross_calibrate(logits, y, kind, groups, folds, seed, lean)
     scaling.record |= _judged(y, Scaling()(torch.from_numpy(logits)).numpy(), crossed) | dict(folds=len(np.unique(_folds(y, groups, folds, seed))))
-    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, seed=seed).to_dict()
+    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, by_class, seed).to_dict()
     return use_scaling(learn, scaling)
 
+# %% ../nbs/31_calibration.ipynb #6e29b58d
 def _outputs(learn, dl):
     with learn.no_bar(), learn.no_logging(): x, y = learn.get_preds(dl=dl, act=lambda x: x)
     if y is None: raise GalaxyDataError('these galaxies have no classes; calibrate on labelled ones.')
     return x.double().numpy(), y.numpy()
 
+def _known_groups(dls): return None if getattr(dls, 'groups', None) is None else np.asarray(dls.groups)[list(dls.valid_ds.items)]
+
 def _judged(y, p, q):
+    "Scores of probabilities before, `p`, and after, `q`"
     test = calibration_test(y, q)
-    return dict(ece_before=float(ece(y, p)), ece_after=test['error'], ece_expected_95=list(test['expected_95']), p_value=test['p_value'], nll_before=float(nll(y, p)), nll_after=float(nll(y, q)))
+    scores = dict(ece=ece, nll=nll, accuracy=galaxy_scores['accuracy'], balanced_accuracy=galaxy_scores['balanced_accuracy'])
+    both = {f'{name}_{when}': float(f(y, v)) for name, f in scores.items() for when, v in (('before', p), ('after', q))}
+    return both | dict(ece_expected_95=list(test['expected_95']), p_value=test['p_value'])
 
 # %% ../nbs/31_calibration.ipynb #f7254332
 def use_scaling(

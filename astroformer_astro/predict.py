@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from .calibration import ConformalSets, current_scaling
 from .core import GalaxyDataError, atomic_path
 from .data.fits import FitsReader, fits_columns
 from .data.images import PictureReader, bar, check_columns, read_images, read_table
@@ -65,7 +66,7 @@ def predict_catalog(
     rows:int=2000, # Galaxies in memory at a time
     orientations:bool=False, # Average over the eight orientations: exact under turns and mirrors, eight times the work
     progress:bool=True, # Show a progress bar
-)->pd.DataFrame: # The catalogue with `predicted`, `confidence`, `p_CLASS` and `problem` added
+)->pd.DataFrame: # The catalogue with `predicted`, `confidence`, `p_CLASS`, `problem` and, of a network with conformal sets, `set` added
     "Classify every row; one whose image cannot be used stays in, with the reason in `problem` and no prediction"
     if out is not None: check_output(out)
     if isinstance(learn, (str, Path)): learn = load_astroformer_learner(learn)
@@ -101,4 +102,15 @@ def _predict_rows(learn, reader, df, progress):
         with learn.no_bar(), learn.no_logging(): p[good] = learn.get_preds(dl=learn.dls.test_dl([pixels[i] for i in good]))[0].numpy()
     best = [classes[p[i].argmax()] if i not in problems else None for i in range(len(df))]
     cols = dict(predicted=best, confidence=p.max(1)) | {f'p_{c}': p[:, k] for k, c in enumerate(classes)}
+    if (sets := _sets(learn)) is not None: cols['set'] = _named_sets(sets, p, classes)
     return pd.DataFrame(cols | dict(problem=[problems.get(i) for i in range(len(df))]))
+
+def _sets(learn):
+    "The conformal sets that were kept with the calibration, if any were"
+    scaling = current_scaling(learn)
+    return ConformalSets.from_dict(scaling.sets) if scaling is not None and scaling.sets else None
+
+def _named_sets(sets, p, classes):
+    "Classes of each set, the likeliest first, with `; ` between; None where there are no probabilities"
+    listed = lambda row, held: '; '.join(classes[k] for k in np.argsort(-row, kind='stable') if held[k])
+    return [None if np.isnan(row).any() else listed(row, sets(row[None])[0]) for row in p]

@@ -17,6 +17,7 @@ from astroformer_astro.calibration import (ConformalSets, MCDropout, Opinions, S
                                            current_scaling, ece_null, ensemble_predict, fit_conformal, fit_scaling, plot_reliability, reliability_table, use_scaling)
 from astroformer_astro.core import GalaxyDataError
 from astroformer_astro.metrics import classwise_ece, ece, nll
+from astroformer_astro.recipe import GalaxyLoss
 
 quick = settings(max_examples=15, deadline=None)
 
@@ -72,6 +73,39 @@ def test_shift_undoes_class_weights():
     mended = fit_scaling(tilted, y, 'shift')
     assert np.diff(mended.shift) == pytest.approx(-np.diff(np.log([5, 1, 1, .5])), abs=.25)
     assert not calibration_test(y, mended(torch.tensor(tilted)).numpy(), 200, score=classwise_ece)['distinguishable']
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_prior_undoes_known_class_weights_with_one_number(seed):
+    w = np.array([5, 1, 1, .5])
+    x, y, _ = survey(3000, factor=1., seed=seed)
+    weighted = 2*(x + np.log(w))                        # overconfident about what the weighted loss asks for
+    mended = fit_scaling(weighted, y, 'prior', class_weights=w)
+    assert mended.temperature == pytest.approx(2, rel=.1) and np.diff(mended.shift) == pytest.approx(-np.diff(np.log(w)))
+    assert calibration_test(y, mended(torch.tensor(weighted)).numpy(), 999)['p_value'] > .002       # one in twenty is below .05 by chance
+    assert nll(y, mended(torch.tensor(weighted)).numpy()) < nll(y, fit_scaling(weighted, y)(torch.tensor(weighted)).numpy())
+
+
+def test_without_weights_prior_is_temperature():
+    x, y, _ = survey(500)
+    assert fit_scaling(x, y, 'prior', class_weights=np.full(4, 3.)).temperature == pytest.approx(fit_scaling(x, y).temperature, rel=1e-6)
+
+
+@pytest.mark.parametrize('weights', [None, [1, 2], [1, 2, 0, 1], [1, 2, np.nan, 1]])
+def test_weights_that_cannot_be_undone_are_refused(weights):
+    x, y, _ = survey(100)
+    with pytest.raises(GalaxyDataError, match='takes 4 numbers above 0'): fit_scaling(x, y, 'prior', class_weights=weights)
+
+
+@quick
+@given(st.integers(2, 5), st.integers(0, 10**6))
+def test_a_weighted_loss_is_least_at_weighted_probabilities(k, seed):
+    "The fact that `prior` rests on: for known probabilities, the minimum of weighted cross-entropy is `w p`, made to sum to one"
+    rng = np.random.default_rng(seed)
+    p, w = rng.dirichlet(np.ones(k)), rng.uniform(.2, 5, k)
+    loss = lambda q: -(p*w*np.log(q)).sum()
+    best = p*w/(p*w).sum()
+    assert all(loss(best) <= loss(rng.dirichlet(1 + 50*best)) + 1e-12 for _ in range(20))
 
 
 # what is due to chance
@@ -223,9 +257,23 @@ def test_any_loss_can_be_calibrated_and_still_trains_the_same(loss, kind):
     s = calibrate(learn, kind)
     assert torch.allclose(preds(learn)[0], (x*torch.tensor(s.scale) + torch.tensor(s.shift)).softmax(1), atol=1e-5)
     assert learn.loss_func(x, y) == before and current_scaling(learn) is s
-    assert set(s.record) == {'n', 'ece_before', 'ece_after', 'ece_expected_95', 'p_value', 'nll_before', 'nll_after', 'folds'}
+    assert set(s.record) == {'n', 'folds', 'ece_expected_95', 'p_value'} | {f'{k}_{when}' for k in ('ece', 'nll', 'accuracy', 'balanced_accuracy') for when in ('before', 'after')}
     use_scaling(learn, None)
     assert current_scaling(learn) is None
+
+
+def test_sets_by_class_are_kept():
+    learn = learner()
+    s = calibrate(learn, coverage=.8, by_class=True)
+    assert len(s.sets['thresholds']) == 3 and len(calibrate(learn, coverage=.8).sets['thresholds']) == 1
+
+
+@pytest.mark.parametrize('loss', [lambda w: nn.CrossEntropyLoss(weight=w), lambda w: CrossEntropyLossFlat(weight=w), lambda w: GalaxyLoss(3, w)])
+def test_a_loss_that_leans_is_undone_by_default(loss):
+    learn = learner(loss(torch.tensor([4., 1, 1])))
+    s = calibrate(learn)
+    assert s.kind == 'prior' and np.diff(s.shift) == pytest.approx([np.log(4), 0], abs=1e-6)
+    assert calibrate(learn, 'temperature').kind == 'temperature' and calibrate(learner(loss(torch.ones(3)))).kind == 'temperature'
 
 
 def test_a_loss_that_is_shared_is_left_alone():
