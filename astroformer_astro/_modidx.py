@@ -19,6 +19,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'astroformer_astro.bench._epoch_seconds': ( 'bench.html#_epoch_seconds',
                                                                                      'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._few': ('bench.html#_few', 'astroformer_astro/bench.py'),
+                                         'astroformer_astro.bench._honesty': ('bench.html#_honesty', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._in_timm': ('bench.html#_in_timm', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._in_turn': ('bench.html#_in_turn', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._loading': ('bench.html#_loading', 'astroformer_astro/bench.py'),

@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd, timm, torch
-from .calibration import Orientations, ensemble_predict
-from .core import atomic_path, require, seed_everything
+from .calibration import Orientations, calibrate, coverage_range, coverage_table, ensemble_predict, fit_conformal
+from .core import GalaxyDataError, atomic_path, require, seed_everything
 from .data.augment import BandDropout, BandGain, Cutout, GalaxyAugment, Seeing, SkyLevel, SkyNoise
 from .data.block import GalaxyDataLoaders
 from .data.hdf5 import read_hdf5
@@ -75,29 +75,44 @@ def _bench_learner(dls, arch):
     name, fields = name_and_fields(arch)
     return astroformer_learner(dls, imagenet_lite0(len(dls.vocab)) if name == 'imagenet_lite0' else name, **fields)
 
-def _scores(learn):
-    "Scores on the held-out galaxies, as they lie and over their eight orientations"
-    plain, turned = evaluate(learn), ensemble_predict(Orientations(learn)).p
-    return plain['metrics'] | {f'{k}_d4': v for k, v in summary_metrics(plain['y'], turned).items() if k in ('accuracy', 'balanced_accuracy', 'nll')}
+def _scores(learn, galaxies=None):
+    "Scores on galaxies, the held-out ones by default, as they lie and over their eight orientations"
+    plain, turned = evaluate(learn, galaxies), ensemble_predict(Orientations(learn), galaxies).p
+    both = {f'{k}_d4': v for k, v in summary_metrics(plain['y'], turned).items() if k in ('accuracy', 'balanced_accuracy', 'nll')}
+    return plain['metrics'] | both
+
+# %% ../nbs/59_bench.ipynb #358b5222
+def _honesty(learn, seed, coverage=.9):
+    "How far the probabilities can be believed before and after `calibrate`, and how often a set that should holds the true class"
+    try: record = calibrate(learn, seed=seed).record
+    except GalaxyDataError as e: return dict(calibration=str(e))
+    found, names = evaluate(learn), np.array(learn.dls.vocab)
+    y, p = found['y'], found['p']
+    half = np.random.default_rng(seed).permutation(len(y)) % 2 == 0
+    sets = dict(coverage=coverage, expected_95=coverage_range(coverage, half.sum(), (~half).sum()))
+    for kind, by_class in dict(all=False, by_class=True).items():
+        held = fit_conformal(p[half], y[half], coverage, by_class=by_class)(p[~half])
+        sets[kind] = coverage_table(y[~half], held, names[y[~half]]).reset_index(names='galaxies').to_dict('records')
+    return dict(calibration=record, sets=sets)
 
 # %% ../nbs/59_bench.ipynb #d56bca11
 def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
-    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT` or `mixup=.2`
+    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`, `mixup=.2` or `pretrained=weights.safetensors`
     seeds:int=3, # Runs of each
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
-    "Accuracy on a fixed stratified fifth, from scratch, mean and spread over seeds"
+    "Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file"
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
     for seed, arch in product(range(seeds), map(str.strip, archs.split(','))):
         seed_everything(seed)
         learn = _bench_learner(GalaxyDataLoaders.from_galaxies(galaxies, seed=42), arch)
         took, parameters = _took(lambda: fit(learn, epochs)), sum(p.numel() for p in learn.model.parameters())
-        rows.append(dict(arch=arch, seed=seed, parameters=parameters) | took | _scores(learn))
+        rows.append(dict(arch=arch, seed=seed, parameters=parameters) | took | _scores(learn) | _honesty(learn, seed))
         _write_runs(rows, out, catalog=Path(catalog).name, epochs=epochs, size=size)
     return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds', 'cpu_seconds'])
 
@@ -133,9 +148,9 @@ def bench_transfer(
         dls = GalaxyDataLoaders.from_galaxies(galaxies.take(np.r_[few, watched]), valid=range(len(few), len(few) + len(watched)), bs=32)
         learn = astroformer_learner(dls, arch, steps=steps, **how)
         with learn.no_bar(), learn.no_logging(): took = _took(learn.fit_recipe)
-        rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | evaluate(learn, galaxies.take(held))['metrics'])
+        rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | _scores(learn, galaxies.take(held)))
         _write_runs(rows, out, catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=arch, recipe=recipe)
-    return _report(rows, ['per_class', 'start'], ['accuracy', 'balanced_accuracy', 'nll', 'seconds'])
+    return _report(rows, ['per_class', 'start'], ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds'])
 
 # %% ../nbs/59_bench.ipynb #48d69c26
 def hostile_file(
