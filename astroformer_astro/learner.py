@@ -9,6 +9,7 @@ __all__ = ['augmentations', 'optimisers', 'astroformer_splitter', 'class_weights
 # %% ../nbs/32_learner.ipynb #34efecfc
 import copy, dataclasses
 from functools import partial
+from pathlib import Path
 
 import numpy as np, timm, torch
 from torch import nn
@@ -29,19 +30,23 @@ from fastai.learner import Learner
 from fastai.metrics import AccumMetric, accuracy
 from fastai.optimizer import Adam, Lamb, SGD
 from fastai.torch_core import params
-from fastai.vision.augment import RandomResizedCropGPU
+from fastai.vision.augment import Flip, RandomResizedCropGPU
 from fastcore.basics import patch
 from fastcore.foundation import L
+from timm.models import group_parameters
 
 # %% ../nbs/32_learner.ipynb #43e4e566
 def astroformer_splitter(
     model:nn.Module, # The network
 )->L: # Lists of parameters, from the first layers to the last
-    "Six groups: stem, four stages, head; of timm's networks two: body, last layer; of others one"
+    "Six groups: stem, four stages, head; of timm's networks stem, the stages that timm knows, last layer; of others with a `get_classifier` body and last layer, else one"
     if isinstance(model, Astroformer): return L(model.stem, *model.stages, model.head).map(params)
     head = params(model.get_classifier()) if hasattr(model, 'get_classifier') else []
     if not head: return L([params(model)])
-    return L([[p for p in model.parameters() if not any(p is h for h in head)], head])
+    stages = group_parameters(model, model.group_matcher(coarse=True)) if hasattr(model, 'group_matcher') else {0: [k for k, _ in model.named_parameters()]}
+    last, named = {id(p) for p in head}, dict(model.named_parameters())
+    body = [[named[k] for k in stages[i] if id(named[k]) not in last] for i in sorted(stages)]
+    return L([g for g in body if g] + [head])
 
 # %% ../nbs/32_learner.ipynb #a3bfaabe
 def class_weights(
@@ -67,7 +72,7 @@ def _other_nights(dls):
     return [GalaxyAugment(), BandGain(), SkyLevel(noise), SkyNoise(sigma=2*noise)]
 
 augmentations = dict(none=lambda dls: None, orientation=lambda dls: GalaxyAugment(), sky=_other_nights,
-                     crop=lambda dls: RandomResizedCropGPU(dls.size, min_scale=.08))
+                     crop=lambda dls: [RandomResizedCropGPU(dls.size, min_scale=.08), Flip()])
 optimisers = dict(adamw=Adam, lamb=Lamb, sgd=partial(SGD, mom=.9))
 
 def _chosen(table, name, what):
@@ -109,7 +114,7 @@ def _callbacks(r, bs, precision, device, compiled, votes):
 def astroformer_learner(
     dls, # `GalaxyDataLoaders`
     arch='astroformer_pico', # A name in `model_cfgs`, a name of timm's, or an `nn.Module` of your own
-    pretrained=None, # Weights of another survey, as written by `save_astroformer`
+    pretrained=None, # Weights of another survey, as written by `save_astroformer`; for a network of timm's the file of its weights, or `True` for those that timm downloads
     recipe=None, # A key of `recipes` or a `Recipe`; `scratch_few` by default, and `finetune` with `pretrained`
     metrics=None, # fastai metrics; accuracy and balanced accuracy by default
     cbs=None, # More callbacks
@@ -119,42 +124,58 @@ def astroformer_learner(
     **settings, # Fields of `Recipe`, and of `AstroformerCfg` such as `layout` or `strides`
 )->Learner: # With its `.recipe`
     "A fastai `Learner`, frozen up to the head where it starts from `pretrained` weights"
-    fields = {f.name for f in dataclasses.fields(Recipe)}
-    r = make_recipe(recipe or ('finetune' if pretrained else 'scratch_few'), **{k: v for k, v in settings.items() if k in fields})
-    if isinstance(arch, str) and r.head_first and pretrained is None:
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    r = make_recipe(recipe or ('finetune' if pretrained else 'scratch_few'), **{k: v for k, v in settings.items() if k in known})
+    if isinstance(arch, str) and r.head_first and not pretrained:
         raise GalaxyDataError(f'this recipe trains the head of {arch} alone at first, over layers that have learnt nothing; give `pretrained` weights, or another recipe.')
-    model = _network(dls, arch, pretrained, r.drop_path, {k: v for k, v in settings.items() if k not in fields})
-    dls = _reloaded(dls, r)
-    loss = GalaxyLoss(len(dls.vocab), class_weights(_train_numbers(dls), len(dls.vocab), r.weight_power), r.label_smoothing, _square(confusion, dls.vocab), r.focal).to(dls.device)
+    model, dls = _network(dls, arch, pretrained, r, {k: v for k, v in settings.items() if k not in known}), _reloaded(dls, r)
     precision = choose_precision(dls.device, precision)
     cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
-    learn = Learner(dls, model, loss, opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
+    learn = Learner(dls, model, _loss(dls, r, confusion), opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
                     train_bn=not r.freeze_norms, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
     learn.recipe, learn.precision, learn.compiled = r, precision, compile
-    if pretrained is not None: learn.freeze()
+    if pretrained: learn.freeze()
     return learn
 
 # %% ../nbs/32_learner.ipynb #e69fa52d
+def _network(dls, arch, pretrained, r, own):
+    if given := {'bands', 'classes', 'img_size'} & set(own): raise GalaxyDataError(f"{', '.join(sorted(given))} of the network are those of the galaxies, and cannot be given.")
+    if isinstance(arch, nn.Module): model = _made_already(arch, pretrained, own)
+    elif arch in model_cfgs: model = _ours(dls, arch, pretrained, dict(drop_path=r.drop_path, drop=r.drop) | own)
+    elif timm.is_model(arch.split('.')[0]): model = _timms(dls, arch, pretrained, dict(drop_path_rate=r.drop_path, drop_rate=r.drop) | own)
+    else: raise GalaxyDataError(f"no network is called {arch!r}; there are {', '.join(model_cfgs)}, and those of timm.")
+    return model.to(memory_format=torch.channels_last)
+
+def _made_already(model, pretrained, own):
+    if pretrained: raise GalaxyDataError('this network is made already; load its `pretrained` weights into it yourself, and leave them out here.')
+    if own: raise GalaxyDataError(f"{', '.join(own)} cannot be set in a network that is made already.")
+    return model
+
+def _ours(dls, arch, pretrained, fields):
+    model = astroformer(arch, img_size=dls.size, bands=len(dls.stats[0]), classes=len(dls.vocab), **fields)
+    if pretrained: load_pretrained(model, pretrained, classes=dls.vocab, bands=dls.galaxies.bands)
+    return model
+
+# %% ../nbs/32_learner.ipynb #e342ed59
+def _timms(dls, arch, pretrained, fields):
+    file = dict(pretrained_cfg_overlay=dict(file=str(pretrained))) if pretrained and pretrained is not True else {}
+    if file and not Path(pretrained).is_file(): raise GalaxyDataError(f"{pretrained} does not exist; give the file of {arch}'s weights, .pth or .safetensors.")
+    fields = {k: v for k, v in fields.items() if v or not k.startswith('drop')}                       # not every network knows every kind
+    try: return timm.create_model(arch, pretrained=bool(pretrained), num_classes=len(dls.vocab), in_chans=len(dls.stats[0]), **fields, **file)
+    except TypeError as e: raise GalaxyDataError(f'{arch} cannot be made with {fields} ({e}); leave out what it does not know, as with drop_path=0.') from e
+
+# %% ../nbs/32_learner.ipynb #965f757e
+def _loss(dls, r, confusion):
+    weights = class_weights(_train_numbers(dls), len(dls.vocab), r.weight_power)
+    return GalaxyLoss(len(dls.vocab), weights, r.label_smoothing, _square(confusion, dls.vocab), r.focal).to(dls.device)
+
 def _square(confusion, vocab):
     if confusion is None: return None
     m, n = np.asarray(confusion, float), len(vocab)
-    if m.shape != (n, n) or not np.isfinite(m).all() or (m < 0).any(): raise GalaxyDataError(f"confusion is {' x '.join(map(str, m.shape))}; give how often each of the {n} classes is taken for the others, {n} x {n} numbers from 0.")
+    if m.shape != (n, n) or not np.isfinite(m).all() or (m < 0).any():
+        raise GalaxyDataError(f"confusion is {' x '.join(map(str, m.shape))}; give how often each of the {n} classes is taken for the others, {n} x {n} numbers from 0.")
     return m
-
-def _network(dls, arch, pretrained, drop_path, fields):
-    ours = isinstance(arch, str) and arch in model_cfgs
-    if isinstance(arch, str) and not ours and not timm.is_model(arch.split('.')[0]): raise GalaxyDataError(f"no network is called {arch!r}; there are {', '.join(model_cfgs)}, and those of timm.")
-    if known := {'bands', 'classes', 'img_size'} & set(fields): raise GalaxyDataError(f"{', '.join(sorted(known))} of the network are those of the galaxies, and cannot be given.")
-    if not ours and pretrained is not None: raise GalaxyDataError('`pretrained` weights are of an Astroformer; load the weights of another network into it yourself, and give the network.')
-    if isinstance(arch, nn.Module):
-        if fields: raise GalaxyDataError(f"{', '.join(fields)} cannot be set in a network that is made already.")
-        return arch.to(memory_format=torch.channels_last)
-    bands, classes = len(dls.stats[0]), len(dls.vocab)
-    if ours: model = astroformer(arch, img_size=dls.size, bands=bands, classes=classes, **(dict(drop_path=drop_path) | fields))
-    else: model = timm.create_model(arch, num_classes=classes, in_chans=bands, **fields)
-    if pretrained is not None: load_pretrained(model, pretrained, classes=dls.vocab, bands=dls.galaxies.bands)
-    return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/32_learner.ipynb #722c7621
 @patch
@@ -163,7 +184,7 @@ def recipe_stages(self:Learner,
 ): # A list of `TrainingStage`
     "What `fit_recipe` will do"
     r, batches = self.recipe, max(1, len(self.dls.train))
-    return training_stages(r, epochs or r.epochs or -(-r.steps//batches) or default_epochs(len(self.dls.train_ds)), len(self.splitter(self.model)), batches)
+    return training_stages(r, epochs or r.epochs or -(-r.steps*r.accumulate//batches) or default_epochs(len(self.dls.train_ds)), len(self.splitter(self.model)), batches/r.accumulate)
 
 @patch
 def fit_recipe(self:Learner,

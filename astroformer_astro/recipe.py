@@ -23,7 +23,7 @@ from fastai.callback.training import bn_types
 class Recipe:
     "Settings of a training"
     epochs:int = 0 # Epochs; 0 for as many as show 50,000 galaxies, between 5 and 100
-    steps:int = 0 # Steps of the optimiser in place of epochs; 0 for none
+    steps:int = 0 # Steps of the optimiser, with all layers, in place of epochs; 0 for none
     lr:float = 2e-3 # Largest rate of the head
     lr_mult:float = 1. # Rate of the head over that of the stem; the stages lie between, by equal factors
     schedule:str = 'one_cycle' # `one_cycle` (up, then down, both as a cosine), or `flat_cos` (flat, then down)
@@ -38,13 +38,14 @@ class Recipe:
     label_smoothing:float = .1 # Share of a label given to all classes
     focal:float = 0. # Focal loss: power by which galaxies that are easy count less
     drop_path:float = .1 # Stochastic depth of the last block
+    drop:float = 0. # Dropout before the last layer
     mixup:float = 0. # MixUp, alpha
     cutmix:float = 0. # CutMix, alpha
     augment:str = '' # A key of `augmentations` in place of what the loaders have
     freeze_epochs:int = 0 # Epochs of the head alone, before all layers
     freeze_steps:int = 0 # At least so many steps of the head alone, however few galaxies make an epoch
     tune_lr:float = 0. # Largest rate of the head once the layers before it learn as well; 0 for half of `lr`
-    unfreeze:str = 'at once' # Then all layers `at once`, `one by one`, or `never`
+    unfreeze:str = 'at_once' # Then all layers `at_once`, `one_by_one`, or `never`
     freeze_norms:bool = False # Keep the statistics of BatchNorm as they came, and its weights as long as their layers are held still: for few images
 
     head_first = property(lambda self: bool(self.freeze_epochs or self.freeze_steps) or self.unfreeze == 'never', doc='Whether it begins with the head alone')
@@ -56,18 +57,31 @@ recipes = dict(
     finetune=Recipe(lr=4e-3, lr_mult=5, freeze_epochs=3, freeze_steps=100),
     finetune_few=Recipe(lr=4e-3, tune_lr=5e-4, lr_mult=5, freeze_epochs=3, freeze_steps=200, freeze_norms=True),
     linear_probe=Recipe(lr=4e-3, freeze_epochs=20, freeze_steps=200, unfreeze='never', freeze_norms=True, drop_path=0),
-    paper=Recipe(steps=2100, lr=5.66e-5, wd=2e-5, clip=0, weight_power=0, drop_path=0, augment='crop'))
+    paper=Recipe(epochs=300, lr=5.66e-5, warmup=5/300, wd=2e-5, clip=0, accumulate=32, weight_power=0, drop_path=0, drop=.1, mixup=.8, augment='crop'))
 
 # %% ../nbs/31_recipe.ipynb #44ea93d2
 def recipe(
     name='scratch_few', # A key of `recipes`, or a `Recipe`
     **fields, # What to change
 )->Recipe:
-    "A recipe by name, with some fields changed; raises `GalaxyDataError` for a name or field that there is not"
+    "A recipe by name, with some fields changed; raises `GalaxyDataError` for a name, field or value that there is not"
     if isinstance(name, str) and name not in recipes: raise GalaxyDataError(f"no recipe is called {name!r}; there are {', '.join(recipes)}.")
     known = [f.name for f in dataclasses.fields(Recipe)]
-    if unknown := [f for f in fields if f not in known]: raise GalaxyDataError(f"a recipe has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
-    return replace(recipes[name] if isinstance(name, str) else name, **fields)
+    if unknown := [f for f in fields if f not in known]:
+        raise GalaxyDataError(f"a recipe has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
+    return _checked(replace(recipes[name] if isinstance(name, str) else name, **fields))
+
+# %% ../nbs/31_recipe.ipynb #0259e52e
+_words = dict(schedule=('one_cycle', 'flat_cos'), unfreeze=('at_once', 'one_by_one', 'never'))
+_whole, _number = (lambda v: isinstance(v, int) and v >= 0), (lambda v: isinstance(v, (int, float)) and v >= 0)
+_fits = {bool: (lambda v: isinstance(v, bool), 'True or False'), int: (_whole, 'a whole number from 0'), float: (_number, 'a number from 0'), str: (lambda v: isinstance(v, str), 'a word')}
+
+def _checked(r):
+    for f in dataclasses.fields(r):
+        v, (fits, what) = getattr(r, f.name), _fits[f.type]
+        if f.name in _words: fits, what = (lambda v, f=f: v in _words[f.name]), ' or '.join(_words[f.name])
+        if not fits(v) or isinstance(v, bool) and f.type is not bool: raise GalaxyDataError(f'{f.name} of a recipe is {v!r}; give {what}.')
+    return r
 
 # %% ../nbs/31_recipe.ipynb #0940816c
 def name_and_fields(
@@ -102,16 +116,16 @@ def training_stages(
     r:Recipe, # The recipe
     epochs:int, # Epochs of all layers
     groups:int, # Groups of layers
-    batches:int=10**6, # Steps of an epoch
+    batches:float=10**6, # Steps of an epoch
 )->list: # A `TrainingStage` each
     "What a recipe does, in order"
     cycle, gentle = dict(pct_start=r.warmup), dict(pct_start=.3, div=5.)
     if not r.head_first: return [TrainingStage('all layers', 0, epochs, r.lr, r.lr_mult, cycle)]
-    alone = max(r.freeze_epochs, -(-r.freeze_steps//batches)) or epochs
+    alone = max(r.freeze_epochs, int(np.ceil(r.freeze_steps/batches))) or epochs
     head = TrainingStage('the head alone', groups - 1, alone, r.lr, 1, cycle)
     if r.unfreeze == 'never': return [head]
     rest = [TrainingStage('all layers', 0, epochs, r.tune_lr or r.lr/2, r.lr_mult, gentle)]
-    if r.unfreeze == 'one by one':
+    if r.unfreeze == 'one_by_one':
         each = -(-alone//max(1, groups - 2))
         rest = [replace(rest[0], what=f'the last {groups - k} groups', frozen=k, epochs=each) for k in range(groups - 2, 0, -1)] + rest
     return [head] + rest

@@ -1,13 +1,18 @@
-"""The recipe: repeatable, stable, and quiet."""
-import subprocess, sys
+"""The recipe: repeatable, stable, quiet, and every word of it carried out."""
+import dataclasses, subprocess, sys
 
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from torch import nn
 
 from astroformer_astro.core import seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
-from astroformer_astro.learner import astroformer_learner, evaluate, load_astroformer_learner
+from astroformer_astro.learner import astroformer_learner, class_weights, evaluate, load_astroformer_learner
 from astroformer_astro.models.checkpoint import save_astroformer
+from astroformer_astro.recipe import GalaxyLoss, Recipe, RunningMean, name_and_fields, recipe, recipes, training_stages
 from astroformer_astro.synth import synth_galaxy10
 
 
@@ -65,3 +70,145 @@ def test_mixing_galaxies_trains(tmp_path, mixed):
     learn = astroformer_learner(dls, 'astroformer_nano', cbs=mixed)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert all(np.isfinite(v) for v in learn.recorder.values[-1])
+
+
+# each word of a recipe, against what is worked out by hand
+
+@pytest.fixture(scope='module')
+def galaxies(path): return GalaxyDataLoaders.from_hdf5(path, size=32, progress=False).galaxies
+
+
+def tiny(galaxies, n=40, bs=16, seed=0, recipe='scratch_few', **settings):
+    "A linear network on the first galaxies, eight of them held out, in an order that the seed decides"
+    seed_everything(seed)
+    dls = GalaxyDataLoaders.from_galaxies(galaxies.take(range(n)), bs=bs, valid=range(8), augment=None, device='cpu')
+    return astroformer_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, len(dls.vocab))), recipe=recipe, **settings)
+
+
+def quietly(learn, f):
+    with learn.no_bar(), learn.no_logging(): f(learn)
+    return learn
+
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+@pytest.mark.parametrize('f', dataclasses.fields(Recipe), ids=lambda f: f.name)
+def test_every_field_can_be_written_in_the_shell(f):
+    value = {bool: True, int: 3, float: .25, str: dict(schedule='flat_cos', unfreeze='one_by_one', opt='sgd').get(f.name, 'sky')}[f.type]
+    name, fields = name_and_fields(f'finetune {f.name}={value}')
+    assert getattr(recipe(name, **fields), f.name) == value and type(fields[f.name]) is f.type
+
+
+@pytest.mark.parametrize('opt', ['adamw', 'lamb', 'sgd'])
+def test_decay_spares_norms_biases_and_offset_kernels(path, opt):
+    "One step without a gradient: decay alone moves a weight, by lr times wd of it"
+    learn = astroformer_learner(GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu'), 'astroformer_nano', opt=opt, wd=.1)
+    learn.create_opt(); learn.opt.set_hypers(lr=.5, wd=learn.wd)                 # as every fit does
+    before = {}
+    for name, p in learn.model.named_parameters(): p.grad = torch.zeros_like(p); p.data += .1; before[name] = p.detach().clone()
+    learn.opt.step()
+    for name, p in learn.model.named_parameters():
+        spared = p.ndim == 1 or name.endswith('rel_pos.bias')
+        assert torch.allclose(p, before[name]*(1 if spared else 1 - .5*.1), atol=1e-7), name
+
+
+def test_a_running_mean_is_that_of_the_steps():
+    "timm's memory grows with the step, 1 - step^(-2/3), up to the decay of the recipe"
+    class Climb(Callback):
+        def after_step(self): self.learn.model.weight.data += 1
+    learn = Learner(DataLoaders(*[[(torch.zeros(1, 1), torch.zeros(1, 1))]*20]*2), nn.Linear(1, 1), nn.functional.mse_loss, lr=0., cbs=[Climb(), RunningMean(.6)])
+    value = learn.model.weight.item()
+    quietly(learn, lambda l: l.fit(1))
+    mean = value
+    for step in range(20):
+        value += 1
+        memory = min(.6, 1 - step**(-2/3)) if step > 1 else 0
+        mean = memory*mean + (1 - memory)*value
+    assert learn.model.weight.item() == pytest.approx(mean, abs=1e-4) and mean < value - 1
+
+
+def test_accumulated_batches_make_the_step_of_a_larger_one(galaxies):
+    fields = dict(opt='sgd', clip=0, weight_power=0, wd=0)
+    whole, halves = (quietly(tiny(galaxies, bs=bs, accumulate=n, **fields), lambda l: l.fit(2, .01)) for bs, n in ((16, 1), (8, 2)))
+    assert len(halves.recorder.losses) == 2*len(whole.recorder.losses) and torch.allclose(weights(whole), weights(halves), atol=1e-6)
+
+
+def test_gradients_are_clipped(galaxies):
+    class Norms(Callback):
+        def after_step(self): norms.append(nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item())
+    for clip, most in ((.01, .01), (0, np.inf)):
+        norms = []
+        quietly(tiny(galaxies, clip=clip, cbs=Norms()), lambda l: l.fit(1))
+        assert norms == pytest.approx([.01]*len(norms), rel=1e-3) if clip else min(norms) > .01
+
+
+def test_mixup_mixes_pictures_and_losses(galaxies):
+    "The loss of a batch is that of both galaxies of each mixture, by their shares"
+    class Check(Callback):
+        def after_loss(self):
+            if not self.training: return
+            loss, share, (other,), (own,) = GalaxyLoss(self.pred.shape[1], label_smoothing=.1, reduction='none'), self.learn.mix_up.lam.flatten(), self.learn.mix_up.yb1, self.yb
+            by_hand = (share*loss(self.pred, own) + (1 - share)*loss(self.pred, other)).mean()
+            shares.append(share)
+            assert self.learn.loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
+    shares = []
+    quietly(tiny(galaxies, mixup=.4, weight_power=0, cbs=Check()), lambda l: l.fit(2, 1e-3))
+    assert len(shares) == 4 and all((s >= .5).all() and (s < 1).any() for s in shares)
+
+
+def test_weights_of_classes_by_hand():
+    "Nine galaxies and one: inverse to the square root of 9 and 1, that is 1/3 and 1, scaled so that ten galaxies weigh ten"
+    assert class_weights([0]*9 + [1], 2, power=.5).tolist() == pytest.approx([10/12, 30/12])
+    assert class_weights([0]*9 + [1], 2, power=1).tolist() == pytest.approx([5/9, 5])
+    logits, y = torch.tensor([[2., 0], [0., 1]]), torch.tensor([0, 1])
+    by_hand = (1*np.log1p(np.exp(-2)) + 3*np.log1p(np.exp(-1)))/4
+    assert GalaxyLoss(2, [1., 3.])(logits, y).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize('power', [.5, 1.])
+def test_galaxies_of_rare_classes_are_drawn_more_often(galaxies, power):
+    kind = np.where(np.arange(200) % 10 == 0, 'rare', 'common')
+    two = dataclasses.replace(galaxies, catalog=galaxies.catalog.assign(label=kind), classes=('common', 'rare'))
+    seed_everything(0)
+    dls = GalaxyDataLoaders.from_galaxies(two, bs=20, valid=range(50), device='cpu')
+    learn = astroformer_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), sample_power=power)
+    drawn = np.concatenate([learn.dls.train.get_idxs() for _ in range(60)])
+    rare = (kind[np.array(list(learn.dls.train_ds.items))[drawn]] == 'rare').mean()
+    assert rare == pytest.approx({.5: 1/(1 + 9**.5), 1.: .5}[power], abs=.02)
+
+
+def test_layers_are_let_go_one_by_one_at_rates_that_fall_towards_the_stem(path, tmp_path):
+    dls = GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu')
+    save_astroformer(astroformer_learner(dls, 'astroformer_nano'), tmp_path/'w')
+    few = GalaxyDataLoaders.from_galaxies(dls.galaxies.take(range(40)), bs=32, valid=range(8), device='cpu')
+    learn, seen = astroformer_learner(few, 'astroformer_nano', pretrained=tmp_path/'w', recipe='finetune_few', unfreeze='one_by_one', freeze_epochs=1, freeze_steps=4, steps=2, lr_mult=32), []
+    class Watch(Callback):
+        def before_fit(self): seen.append([any(p.requires_grad for p in g) for g in self.learn.splitter(self.model)])
+        def after_batch(self):
+            if self.training: rates.append([h['lr'] for h in self.opt.hypers])
+    rates, norms = [], {k: v.clone() for k, v in learn.model.state_dict().items() if 'running' in k}
+    learn.add_cb(Watch())
+    quietly(learn, lambda l: l.fit_recipe())
+    assert [s.epochs for s in learn.recipe_stages()] == [4, 1, 1, 1, 1, 2]
+    assert seen == [[k >= first for k in range(6)] for first in (5, 4, 3, 2, 1, 0)]
+    assert np.diff(np.log2(rates[-1])) == pytest.approx([1]*5)                                  # 32 over five steps
+    assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in norms.items())
+
+
+def test_forty_galaxies_get_as_many_steps_of_the_head_as_four_thousand():
+    for name in ('finetune', 'finetune_few', 'linear_probe'):
+        for batches in (1, 5, 62): assert training_stages(recipe(name), 9, 6, batches)[0].epochs*batches >= recipes[name].freeze_steps >= 100
+
+
+def test_a_network_of_timm_with_its_own_weights_is_fine_tuned(galaxies, tmp_path):
+    timm = pytest.importorskip('timm')
+    theirs = timm.create_model('resnet10t', num_classes=7, in_chans=3)
+    torch.save(theirs.state_dict(), tmp_path/'theirs.pth')
+    dls = GalaxyDataLoaders.from_galaxies(galaxies.take(range(40)), bs=16, valid=range(8), device='cpu')
+    learn = astroformer_learner(dls, 'resnet10t', pretrained=tmp_path/'theirs.pth', freeze_epochs=1, freeze_steps=0, freeze_norms=True)
+    assert torch.equal(learn.model.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight) and learn.model.fc.out_features == len(dls.vocab)
+    assert [s.what for s in learn.recipe_stages(1)] == ['the head alone', 'all layers'] and len(learn.splitter(learn.model)) == 6
+    quietly(learn, lambda l: l.fit_recipe(1))
+    assert not torch.equal(learn.model.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)
+    with pytest.raises(Exception, match='made already'): astroformer_learner(dls, nn.Linear(2, 2), pretrained=tmp_path/'theirs.pth')
