@@ -1,5 +1,5 @@
 """Kills, full disks and two processes: what the notebook on survival does not show on a page."""
-import json, os, subprocess, sys
+import json, os, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest, torch
@@ -154,3 +154,26 @@ except GalaxyDataError as e: print(json.dumps([state['epoch'], os.listdir('{tmp_
     assert epoch == 0 and names == ['checkpoint.pt'] and (tmp_path/'end.pt').exists()
     assert err.count('cannot be written (File too large)') == 4 and 'still that of fit 1, epoch 1' in err
     assert said.startswith(f'{tmp_path}/file/checkpoint.pt cannot be written (') and said.endswith('; choose a folder you may write to.')
+
+
+def test_a_folder_that_may_no_longer_be_written(survey):
+    "Its permission is taken away after the first file, and root, whom permissions do not bind, becomes nobody: the file is left whole, and training goes on"
+    folder = tempfile.mkdtemp()                          # that of pytest is closed to nobody
+    code = f'''
+os.chmod('{folder}', 0o755)
+root = os.geteuid() == 0
+class Forbid(Callback):
+    order = 300
+    def before_train(self):
+        os.chmod('{folder}', 0o555)
+        if root: os.seteuid(65534)
+    def after_fit(self):
+        if root: os.seteuid(0)
+        os.chmod('{folder}', 0o755)
+warnings.simplefilter('always')
+train('{survey}', '{folder}/end.pt', 'one_cycle', cbs=[Checkpoint('{folder}'), Forbid()])
+state = torch.load('{folder}/checkpoint.pt', weights_only=True)
+print(json.dumps([state['epoch'], sorted(os.listdir('{folder}'))]))'''
+    (epoch, names), err = run(code)
+    assert epoch == 0 and names == ['checkpoint.pt', 'end.pt']
+    assert err.count('cannot be written (Permission denied)') == 4 and 'still that of fit 1, epoch 1' in err
