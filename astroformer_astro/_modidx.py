@@ -2023,6 +2023,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'astroformer_astro/recipe.py'),
                                           'astroformer_astro.recipe._checked': ('recipe.html#_checked', 'astroformer_astro/recipe.py'),
                                           'astroformer_astro.recipe._smoothed': ('recipe.html#_smoothed', 'astroformer_astro/recipe.py'),
+                                          'astroformer_astro.recipe._value': ('recipe.html#_value', 'astroformer_astro/recipe.py'),
                                           'astroformer_astro.recipe.default_epochs': ( 'recipe.html#default_epochs',
                                                                                        'astroformer_astro/recipe.py'),
                                           'astroformer_astro.recipe.name_and_fields': ( 'recipe.html#name_and_fields',

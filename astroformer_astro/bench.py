@@ -75,11 +75,14 @@ def _bench_learner(dls, arch):
     name, fields = name_and_fields(arch)
     return astroformer_learner(dls, imagenet_lite0(len(dls.vocab)) if name == 'imagenet_lite0' else name, **fields)
 
-def _scores(learn, galaxies=None):
-    "Scores on galaxies, the held-out ones by default, as they lie and over their eight orientations"
-    plain, turned = evaluate(learn, galaxies), ensemble_predict(Orientations(learn), galaxies).p
-    both = {f'{k}_d4': v for k, v in summary_metrics(plain['y'], turned).items() if k in ('accuracy', 'balanced_accuracy', 'nll')}
-    return plain['metrics'] | both
+def _scores(learners, galaxies=None):
+    "Scores of the first learner on galaxies, the held-out ones by default, as they lie and over their eight orientations; and of all learners together"
+    found, asked = evaluate(learners[0], galaxies), dict(d4=learners[:1], ensemble=learners)
+    scores = found['metrics']
+    for what, some in asked.items():
+        of_all = summary_metrics(found['y'], ensemble_predict([Orientations(l) for l in some], galaxies).p)
+        scores = scores | {f'{k}_{what}': of_all[k] for k in ('accuracy', 'balanced_accuracy', 'nll')}
+    return scores
 
 # %% ../nbs/59_bench.ipynb #358b5222
 def _honesty(learn, seed, coverage=.9):
@@ -100,21 +103,27 @@ def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
-    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`, `mixup=.2` or `pretrained=weights.safetensors`
+    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`, `strides=1/2/2/1`, `mixup=.2` or `pretrained=weights.safetensors`
     seeds:int=3, # Runs of each
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
+    members:int=1, # Networks of a run, which are asked together
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
     "Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file"
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
-    for seed, arch in product(range(seeds), map(str.strip, archs.split(','))):
+    def trained(arch, seed):
         seed_everything(seed)
         learn = _bench_learner(GalaxyDataLoaders.from_galaxies(galaxies, seed=42), arch)
-        took, parameters = _took(lambda: fit(learn, epochs)), sum(p.numel() for p in learn.model.parameters())
-        rows.append(dict(arch=arch, seed=seed, parameters=parameters) | took | _scores(learn) | _honesty(learn, seed))
+        fit(learn, epochs)
+        return learn
+    for seed, arch in product(range(seeds), map(str.strip, archs.split(','))):
+        learners = []
+        took = _took(lambda: learners.extend(trained(arch, members*seed + k) for k in range(members)))
+        parameters = sum(p.numel() for p in learners[0].model.parameters())
+        rows.append(dict(arch=arch, seed=seed, parameters=parameters, members=members) | took | _scores(learners) | _honesty(learners[0], seed))
         _write_runs(rows, out, catalog=Path(catalog).name, epochs=epochs, size=size)
-    return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds', 'cpu_seconds'])
+    return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'balanced_accuracy_ensemble', 'nll', 'seconds', 'cpu_seconds'])
 
 # %% ../nbs/59_bench.ipynb #ad31ebb5
 def _few(labels, rows, n, seed):
@@ -148,7 +157,7 @@ def bench_transfer(
         dls = GalaxyDataLoaders.from_galaxies(galaxies.take(np.r_[few, watched]), valid=range(len(few), len(few) + len(watched)), bs=32)
         learn = astroformer_learner(dls, arch, steps=steps, **how)
         with learn.no_bar(), learn.no_logging(): took = _took(learn.fit_recipe)
-        rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | _scores(learn, galaxies.take(held)))
+        rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | _scores([learn], galaxies.take(held)))
         _write_runs(rows, out, catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=arch, recipe=recipe)
     return _report(rows, ['per_class', 'start'], ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds'])
 

@@ -87,11 +87,14 @@ def _checked(r):
 def name_and_fields(
     words:str, # As in `scratch_few mixup=.2 ema=.99`
 )->tuple: # The name, and a dict of fields
-    "What a few words choose; numbers, `True` and `False` are taken as such; raises `GalaxyDataError` for a word without `=`"
+    "What a few words choose; numbers, `True`, `False` and numbers with strokes between are taken as such; raises `GalaxyDataError` for a word without `=`"
     name, *fields = words.split()
     if wrong := [f for f in fields if '=' not in f]: raise GalaxyDataError(f"{wrong[0]!r} in {words!r} is no field; write them as name=value, with blanks between.")
-    value = lambda v: ast.literal_eval(v) if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', v) else v
-    return name, {k: value(v) for k, v in (f.split('=', 1) for f in fields)}
+    return name, {k: _value(v) for k, v in (f.split('=', 1) for f in fields)}
+
+def _value(word):
+    if re.fullmatch(r'\d+(/\d+)+', word): return tuple(map(int, word.split('/')))
+    return ast.literal_eval(word) if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', word) else word
 
 # %% ../nbs/31_recipe.ipynb #0b43f906
 def default_epochs(
