@@ -160,18 +160,24 @@ def test_a_folder_that_may_no_longer_be_written(survey):
     "Its permission is taken away after the first file, and root, whom permissions do not bind, becomes nobody: the file is left whole, and training goes on"
     folder = tempfile.mkdtemp()                          # that of pytest is closed to nobody
     code = f'''
-os.chmod('{folder}', 0o755)
-root = os.geteuid() == 0
+root = os.getuid() == 0
+def forbid():
+    os.chmod('{folder}', 0o555)
+    if root: os.seteuid(65534)
+def allow():
+    if root: os.seteuid(0)
+    os.chmod('{folder}', 0o755)
 class Forbid(Callback):
-    order = 300
+    order = Checkpoint.order - 1
     def before_train(self):
-        os.chmod('{folder}', 0o555)
-        if root: os.seteuid(65534)
-    def after_fit(self):
-        if root: os.seteuid(0)
-        os.chmod('{folder}', 0o755)
+        if self.epoch: forbid()
+    def after_fit(self): forbid()
+class Allow(Callback):
+    order = Checkpoint.order + 1
+    def before_train(self): allow()
+    def after_fit(self): allow()
 warnings.simplefilter('always')
-train('{survey}', '{folder}/end.pt', 'one_cycle', cbs=[Checkpoint('{folder}'), Forbid()])
+train('{survey}', '{folder}/end.pt', 'one_cycle', cbs=[Forbid(), Checkpoint('{folder}'), Allow()])
 state = torch.load('{folder}/checkpoint.pt', weights_only=True)
 print(json.dumps([state['epoch'], sorted(os.listdir('{folder}'))]))'''
     (epoch, names), err = run(code)
