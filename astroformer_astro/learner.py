@@ -14,6 +14,7 @@ import numpy as np, timm, torch
 from torch import nn
 from .core import GalaxyDataError, announce_device
 from .calibration import Scaling, use_scaling
+from .curves import Curves
 from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
 from .data.block import GalaxyDataLoaders
 from .device import Autocast, Compiled, choose_precision
@@ -127,7 +128,7 @@ def astroformer_learner(
     dls = _reloaded(dls, r)
     loss = GalaxyLoss(len(dls.vocab), class_weights(_train_numbers(dls), len(dls.vocab), r.weight_power), r.label_smoothing, _square(confusion, dls.vocab), r.focal).to(dls.device)
     precision = choose_precision(dls.device, precision)
-    cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + L(cbs)
+    cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + Curves() + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
     learn = Learner(dls, model, loss, opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
                     metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
