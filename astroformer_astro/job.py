@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np, torch
-from .calibration import calibrate, plot_reliability, use_scaling
+from .calibration import _kinds, calibrate, plot_reliability, use_scaling
 from .core import GalaxyDataError, best_device, device_name, require, seed_everything
 from .data.block import GalaxyDataLoaders, _read_with_votes
 from .data.fits import FitsReader, holds_fits, read_fits_catalog
@@ -30,7 +30,7 @@ from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .parallel import data_parallel, first_then_others, join_processes, one_process
 from .predict import write_table
 from .recipe import name_and_fields, recipe as make_recipe
-from .record import (Pictures, calibration_said, curve_table, held_out, run_config, run_environment,
+from .record import (Pictures, calibration_said, curve_table, held_out, logs, run_config, run_environment,
                                       run_folder, run_loggers, with_intervals, write_json, write_record)
 from .report import (counted, plot_class_table, plot_curves, plot_samples, readable_coverage, readable_table,
                                       write_report)
@@ -117,7 +117,7 @@ class Job:
     epochs:int=0 # Epochs; 0 for as many as show 50,000 galaxies
     pretrained:str=None # Weights of another survey to fine-tune
     recipe:str=None # How to train: a recipe and what to change, as in "scratch_few mixup=.2"; by default scratch_few, or finetune with pretrained
-    calibration:str='temperature' # Of the probabilities, on the held-out galaxies: `temperature`, `shift` (also undoes class weights), `vector`, `none`
+    calibration:str='auto' # Of the probabilities, on the held-out galaxies: a kind of `calibrate`, or `none`; by default the kind that it chooses
     coverage:float=.9 # How often the sets of classes are to hold the true one
     device:str='auto' # Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best that there is
     precision:str='auto' # `full`, `bf16` or `fp16`; by default as the device does it best
@@ -162,11 +162,9 @@ def _wrong_numbers(job):
     yield job.pxscale is not None and not job.pxscale > 0, f'pxscale is {job.pxscale}; give arcsec per pixel, above 0.'
     yield job.n < 100 and job.simulated, f'n is {job.n}; simulate 100 galaxies or more, so that each class has some to train on and some to hold out.'
     yield job.split_seed < 0, f'split_seed is {job.split_seed}; give 0 or more.'
-    yield job.calibration not in (*_scalings, 'none'), f"no calibration is called {job.calibration!r}; there are {', '.join(_scalings)} and none."
-    yield job.log not in (None, 'tensorboard', 'wandb'), f'no log is called {job.log!r}; there are tensorboard and wandb.'
+    yield job.calibration not in (*_kinds, 'auto', 'none'), f"no calibration is called {job.calibration!r}; there are {', '.join(_kinds)}, auto and none."
+    yield job.log not in (None, *logs), f"no log is called {job.log!r}; there are {' and '.join(logs)}."
     yield not 0 < job.coverage < 1, f'coverage is {job.coverage}; give a share between 0 and 1.'
-
-_scalings = 'temperature', 'shift', 'vector'
 
 # %% ../nbs/57_job.ipynb #e169131e
 def _recipe(job):
@@ -274,8 +272,12 @@ def judge(
 )->tuple: # A `HeldOut`; and why it is not calibrated, if it is not
     "Calibrate on the held-out galaxies, and score them by calibrations that did not see them"
     if job.calibration == 'none': return held_out(learn), 'it was not asked for'
-    try: calibrate(learn, job.calibration, coverage=job.coverage); return held_out(learn), ''
-    except GalaxyDataError as e: use_scaling(learn, None); return held_out(learn), str(e)
+    try:
+        calibrate(learn, **({} if job.calibration == 'auto' else dict(kind=job.calibration)), coverage=job.coverage)
+        return held_out(learn), ''
+    except GalaxyDataError as e:
+        use_scaling(learn, None)
+        return held_out(learn), str(e)
 
 # %% ../nbs/57_job.ipynb #5494d96a
 def second_survey(job, weights, new): # Scores on held-out galaxies of survey b, `before` and `after`
@@ -334,7 +336,7 @@ def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, c
     curves, galaxies = plot_curves(learn.curves.values, learn.curves.names, frozen), learn.dls.galaxies
     yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
     yield 'Training', [origin, curves]
-    yield 'Held-out galaxies', [_held_out, 'Scores: ' + _sentence(summary_metrics(found.y, found.p)), with_intervals(found.scores()),
+    yield 'Held-out galaxies', [_held_out, 'Scores: ' + _sentence(summary_metrics(found.y, found.p)), with_intervals(found.scores),
         plot_class_table(found.table), readable_table(found.table), plot_confused(found.y, found.p, found.classes, Pictures(learn.dls)), _how_confused]
     yield 'Can the probabilities be believed?', [*_calibration_parts(found, why)]
     if fresh: yield 'A fresh simulation', ['Galaxies simulated with another seed, of which none was trained on. Scores: ' + _sentence(fresh)]
@@ -348,7 +350,7 @@ def _calibration_parts(found, why):
     if found.before is None: yield plot_reliability(found.y, found.p); return
     yield _cross_fit
     yield plot_reliability(found.y, {'before calibration': found.before, 'after': found.p})
-    if found.sets is not None: yield readable_coverage(found.coverage())
+    if found.sets is not None: yield readable_coverage(found.coverage)
 
 def _title(job, galaxies):
     survey = 'Simulated galaxies' if job.simulated else f'Galaxies of {Path(galaxies.source).name}'
@@ -397,7 +399,7 @@ def _elsewhere(job, learn, new, say):
 # %% ../nbs/57_job.ipynb #1d95597f
 def _results(job, learn, found, fresh, second, facts):
     table = lambda t: None if t is None else json.loads(t.to_json(orient='index'))
-    return dict(job=job, held_out=summary_metrics(found.y, found.p), scores=table(found.scores()), classes=table(found.table), coverage=table(found.coverage()),
+    return dict(job=job, held_out=summary_metrics(found.y, found.p), scores=table(found.scores), classes=table(found.table), coverage=table(found.coverage),
                 fresh=fresh, second=second, epochs=curve_table(learn).to_dict('records'), made=facts)
 
 def _costs(start, device):
