@@ -1484,6 +1484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'astroformer_astro.job._calibration_parts': ( 'job.html#_calibration_parts',
                                                                                      'astroformer_astro/job.py'),
                                        'astroformer_astro.job._check': ('job.html#_check', 'astroformer_astro/job.py'),
+                                       'astroformer_astro.job._check_field': ('job.html#_check_field', 'astroformer_astro/job.py'),
                                        'astroformer_astro.job._command': ('job.html#_command', 'astroformer_astro/job.py'),
                                        'astroformer_astro.job._costs': ('job.html#_costs', 'astroformer_astro/job.py'),
                                        'astroformer_astro.job._duration': ('job.html#_duration', 'astroformer_astro/job.py'),

@@ -23,7 +23,7 @@ from .data.sky import _arcsec_said
 from .device import choose_precision
 from .interpret.attribution import Explainer
 from .interpret.plot import plot_explanation
-from .learner import astroformer_learner, evaluate, load_astroformer_learner
+from .learner import astroformer_learner, augmentations, evaluate, load_astroformer_learner, optimisers
 from .metrics import plot_confused, summary_metrics
 from .models.astroformer import model_cfgs
 from .models.checkpoint import arch_name, load_astroformer, save_astroformer
@@ -168,10 +168,22 @@ def _wrong_numbers(job):
 
 # %% ../nbs/57_job.ipynb #e169131e
 def _recipe(job):
-    "The recipe of a job, as an argument of `astroformer_learner`; raises `GalaxyDataError` for one that there is not"
+    "The recipe of a job, as an argument of `astroformer_learner`; raises `GalaxyDataError` for one that cannot be"
     if not job.recipe: return {}
-    name, fields = name_and_fields(job.recipe)
-    return dict(recipe=make_recipe(name, **fields))
+    name, settings = name_and_fields(job.recipe)
+    recipe = make_recipe(name, **settings)
+    for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
+    return dict(recipe=recipe)
+
+_words = dict(opt=tuple(optimisers), schedule=('one_cycle', 'flat_cos'), unfreeze=('at once', 'one by one', 'never'), augment=('', *augmentations))
+
+def _check_field(f, value):
+    kinds = (int, float) if f.type is float else f.type
+    if not isinstance(value, kinds) or f.type is not bool and isinstance(value, bool):
+        raise GalaxyDataError(f'{f.name} of the recipe is {value!r}; give {"True or False" if f.type is bool else "a number" if f.type is float else "a whole number"}.')
+    if f.type is str and value not in _words.get(f.name, (value,)):
+        raise GalaxyDataError(f"{f.name} of the recipe is {value!r}; there are {', '.join(filter(None, _words[f.name]))}.")
+    if f.type in (int, float) and not 0 <= value < np.inf: raise GalaxyDataError(f'{f.name} of the recipe is {value}; give 0 or more.')
 
 # %% ../nbs/57_job.ipynb #921a23a2
 def _command(job):
