@@ -30,7 +30,7 @@ from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .parallel import data_parallel, first_then_others, join_processes, one_process
 from .predict import write_table
 from .recipe import name_and_fields, recipe as make_recipe
-from .record import (Pictures, calibration_said, curve_table, held_out, logs, run_config, run_environment,
+from .record import (Pictures, calibration_said, curve_table, fields_said, held_out, logs, run_config, run_environment,
                                       run_folder, run_loggers, with_intervals, write_json, write_record)
 from .report import (counted, plot_class_table, plot_curves, plot_samples, readable_coverage, readable_table,
                                       write_report)
@@ -269,7 +269,8 @@ def train_network(
     checkpoint, broken_off = _unbroken(job)
     seed_everything(job.seed)
     dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=job.split_seed, device=best_device(job.device), y=job.labels)
-    learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **_recipe(job), **_hardware(job), **({} if old is None else _kept(old.cfg)))
+    kept = {} if old is None else _kept(old.cfg)
+    learn = astroformer_learner(dls, job.arch, pretrained=job.pretrained, **_recipe(job), **_hardware(job), **kept)
     with data_parallel(learn): frozen = fit(learn, job.epochs, [*survive(checkpoint, broken_off), *_loggers(job, learn)])
     return learn, frozen
 
@@ -332,11 +333,12 @@ def _loss(learn):
 # %% ../nbs/57_job.ipynb #4ba79641
 def _facts(job, learn, found, origin, frozen, seconds):
     "How a run was made, as a table of two columns"
-    n, epochs, machine = sum(p.numel() for p in learn.model.parameters()), counted(len(learn.curves.values) - frozen, 'epoch'), run_environment(learn.dls.device)
+    n, machine = sum(p.numel() for p in learn.model.parameters()), run_environment(learn.dls.device)
+    epochs = counted(len(learn.curves.values) - frozen, 'epoch')
     return {'made': datetime.now().astimezone().isoformat(' ', 'minutes'), 'command': _command(job),
             'network': f'{job.arch}, {n/1e6:.2f} million parameters, cut-outs of {job.size} px', 'weights at the start': origin,
             'training': f"{counted(frozen, 'epoch')} of the head alone, then {epochs} of all layers" if frozen else epochs, 'galaxies': _split(learn.dls),
-            'recipe': ', '.join(f'{k} {v}' for k, v in asdict(learn.recipe).items()), 'loss': _loss(learn),
+            'recipe': fields_said(learn.recipe), 'loss': _loss(learn),
             'calibration': repr(found.scaling) if found.scaling else 'none',
             'seeds': f'{job.seed} for weights, order and augmentation, {job.split_seed} for the split',
             'intervals': '95 %, of scores by bootstrap, of shares by Wilson, from the number of galaxies alone; they know nothing of wrong labels',
@@ -346,10 +348,11 @@ def _facts(job, learn, found, origin, frozen, seconds):
 # %% ../nbs/57_job.ipynb #cfa3f35d
 def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, cases):
     curves, galaxies = plot_curves(learn.curves.values, learn.curves.names, frozen), learn.dls.galaxies
+    yield 'In short', ['Of held-out galaxies: ' + _sentence(summary_metrics(found.y, found.p)), calibration_said(found, why)]
     yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
     yield 'Training', [origin, curves]
-    yield 'Held-out galaxies', [_held_out, 'Scores: ' + _sentence(summary_metrics(found.y, found.p)), with_intervals(found.scores),
-        plot_class_table(found.table), readable_table(found.table), plot_confused(found.y, found.p, found.classes, Pictures(learn.dls)), _how_confused]
+    yield 'Held-out galaxies', [_held_out, with_intervals(found.scores), plot_class_table(found.table), readable_table(found.table),
+        plot_confused(found.y, found.p, found.classes, Pictures(learn.dls)), _how_confused]
     yield 'Can the probabilities be believed?', [*_calibration_parts(found, why)]
     if fresh: yield 'A fresh simulation', ['Galaxies simulated with another seed, of which none was trained on. Scores: ' + _sentence(fresh)]
     if second: yield 'A second survey', ['Simulated with other seeing, depth, pixel scale and colours, and scored on galaxies held out from it.',
@@ -358,8 +361,7 @@ def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, c
     yield 'Wrong, and why', cases['wrong'] or ['No held-out galaxy was misclassified.']
 
 def _calibration_parts(found, why):
-    yield calibration_said(found, why)
-    if found.before is None: yield plot_reliability(found.y, found.p); return
+    if found.before is None: yield from (calibration_said(found, why), plot_reliability(found.y, found.p)); return
     yield _cross_fit
     yield plot_reliability(found.y, {'before calibration': found.before, 'after': found.p})
     if found.sets is not None: yield readable_coverage(found.coverage)
@@ -377,7 +379,7 @@ def _sentence(m):
 # %% ../nbs/57_job.ipynb #55fe6671
 _held_out = ('The network was not trained on these galaxies, and nothing in this run was chosen by how it did on them: not the number of epochs, nor which weights were kept. '
              'Completeness is the share of a class that was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of the classes. '
-             'The intervals are of a stratified bootstrap; those of the calibration errors, ece, lean upwards.')
+             'The intervals are of a stratified bootstrap; those of the calibration errors, ECE, lean upwards.')
 _how_confused = ('Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and its most confident galaxies. What stands off the diagonal may be the '
                  'network at fault, or the label.')
 _cross_fit = ('The calibration that is kept with the weights was fitted to the held-out galaxies. What is reported here was not judged by it: the galaxies were dealt into five parts, and each part was judged by '
@@ -454,7 +456,8 @@ def _finish(job, old, learn, frozen, left_out, new, say, start):
     origin, title = _origin(job, old, learn.dls.vocab), _title(job, learn.dls.galaxies)
     print('      held out: ' + _sentence(summary_metrics(found.y, found.p)) + '\n      ' + calibration_said(found, why))
     notes = dict(command=f'`{_command(job)}`', origin=origin)
-    write_record(learn, new, found, title, frozen, notes, why, job=asdict(job), recipe=asdict(learn.recipe), metrics=summary_metrics(found.y, found.p))
+    kept = dict(job=asdict(job), recipe=asdict(learn.recipe), metrics=summary_metrics(found.y, found.p))
+    write_record(learn, new, found, title, frozen, notes, why, split=dict(seed=job.split_seed), **kept)
     write_json(new/'job.json', job)
     fresh, second = _elsewhere(job, learn, new, say) if job.simulated else (None, None)
     say('explain right and wrong answers')

@@ -6,7 +6,7 @@
 __all__ = ['logs', 'run_folder', 'run_config', 'run_environment', 'data_fingerprint', 'HeldOut', 'held_out', 'run_loggers',
            'record_run']
 
-# %% ../nbs/56_record.ipynb #1c6526fa
+# %% ../nbs/56_record.ipynb #d418c5a6
 import hashlib, json, os, platform, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -19,12 +19,12 @@ import numpy as np, pandas as pd, torch
 from .calibration import (ConformalSets, Scaling, _folds, calibration_test, coverage_table, current_scaling,
                                            fit_conformal, fit_scaling, plot_reliability)
 from .core import GalaxyDataError, _runs, atomic_path, device_name, require
-from .data.sky import cite_split, save_split
+from .data.sky import _arcsec_said, cite_split, save_split
 from .metrics import class_table, plot_confused, score_table
 from .models.astroformer import Astroformer
 from .models.checkpoint import save_astroformer
 from .picture import to_png
-from .report import counted, plot_class_table, plot_curves, readable_table
+from .report import counted, plot_class_table, plot_curves, readable_coverage, readable_table
 from torch import distributed as dist
 
 # %% ../nbs/56_record.ipynb #cc5b78a6
@@ -36,7 +36,7 @@ def _plain(o):
     if is_dataclass(o): return asdict(o)
     return o.tolist() if hasattr(o, 'tolist') else str(o)
 
-# %% ../nbs/56_record.ipynb #1fcc1f0e
+# %% ../nbs/56_record.ipynb #9b3a7e54
 @contextmanager
 def run_folder(
     folder, # Where the files of a run go
@@ -55,7 +55,8 @@ def run_folder(
 
 def _left_behind(folder): # By processes of this machine that were killed
     ours = f'.unfinished-{platform.node()}-'
-    return [p for p in folder.glob('.unfinished-*') if (pid := p.name.removeprefix(ours)).isdigit() and (int(pid) == os.getpid() or not _runs(int(pid)))]
+    gone = lambda pid: pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid)))
+    return [p for p in folder.glob('.unfinished-*') if gone(p.name.removeprefix(ours))]
 
 # %% ../nbs/56_record.ipynb #53acdf59
 def _take_place(new, folder):
@@ -108,7 +109,7 @@ def _version(package):
     try: return version(package)
     except PackageNotFoundError: return None
 
-# %% ../nbs/56_record.ipynb #d81d5cd9
+# %% ../nbs/56_record.ipynb #ad42e568
 def data_fingerprint(
     galaxies, # A `GalaxySet`
     rows:int=1000, # Galaxies in memory at a time
@@ -118,17 +119,16 @@ def data_fingerprint(
     for i in range(0, len(galaxies), rows):
         pixels.update(np.ascontiguousarray(galaxies.images[list(range(i, min(i + rows, len(galaxies))))]))
     counts = {c: int((labels == c).sum()) for c in galaxies.classes}
-    return dict(source=galaxies.source, galaxies=len(galaxies), left_out=len(galaxies.skipped), size=int(galaxies.images.shape[1]), bands=list(galaxies.bands),
-                classes=counts, pixels_sha256=pixels.hexdigest(), labels_sha256=hashlib.sha256('\n'.join(labels).encode()).hexdigest())
+    return dict(source=galaxies.source, galaxies=len(galaxies), left_out=len(galaxies.skipped), size=int(galaxies.images.shape[1]),
+                bands=list(galaxies.bands), classes=counts, pixels_sha256=pixels.hexdigest(), labels_sha256=hashlib.sha256('\n'.join(labels).encode()).hexdigest())
 
-# %% ../nbs/56_record.ipynb #62d7a63b
-def write_split(path, dls):
+# %% ../nbs/56_record.ipynb #102a6195
+def write_split(path, dls, **notes):
     "The split of loaders as a file that `load_split` reads"
     parts = dict(train=list(dls.train_ds.items), valid=list(dls.valid_ds.items))
-    try: return save_split(path, dls.catalog, parts, separation=_apart_said(dls))
-    except GalaxyDataError: return save_split(path, dls.catalog.assign(place=range(len(dls.catalog))), parts, id_column='place')
-
-def _apart_said(dls): return None if dls.separation is None else str(np.unique(np.round(dls.separation, 1)).tolist())[1:-1][:60]
+    if dls.groups is not None: notes['separation'] = _arcsec_said(dls.separation)
+    try: return save_split(path, dls.catalog, parts, **notes)
+    except GalaxyDataError: return save_split(path, dls.catalog.assign(place=range(len(dls.catalog))), parts, id_column='place', **notes)
 
 # %% ../nbs/56_record.ipynb #478738aa
 @dataclass
@@ -193,7 +193,7 @@ def curve_table(learn):
     curves = learn.curves
     return pd.DataFrame(curves.values, columns=['training_loss', 'held_out_loss', *curves.names], index=pd.RangeIndex(1, len(curves.values) + 1, name='epoch'))
 
-# %% ../nbs/56_record.ipynb #0d61e856
+# %% ../nbs/56_record.ipynb #0e0cbac4
 logs = 'tensorboard', 'wandb'
 
 def run_loggers(
@@ -206,60 +206,73 @@ def run_loggers(
     if log == 'tensorboard':
         require('tensorboard', 'log')
         from fastai.callback.tensorboard import TensorBoardCallback
-        return [TensorBoardCallback(Path(folder)/'tensorboard'/f'{datetime.now():%Y%m%d-%H%M%S}', trace_model=False, log_preds=False)]
+        events = Path(folder)/'tensorboard'/f'{datetime.now():%Y%m%d-%H%M%S}'
+        return [TensorBoardCallback(events, trace_model=False, log_preds=False)]
     if log == 'wandb':
         wandb = require('wandb', 'log')
         from fastai.callback.wandb import WandbCallback
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if wandb.run is None: wandb.init(project='astroformer_astro', dir=str(folder), config=json.loads(json.dumps(config or {}, default=_plain)))
+        config = json.loads(json.dumps(config or {}, default=_plain))
+        if wandb.run is None: wandb.init(project='astroformer_astro', dir=str(folder), config=config)
         return [WandbCallback(log_preds=False)]
     return []
 
-# %% ../nbs/56_record.ipynb #3ad8db04
+# %% ../nbs/56_record.ipynb #3ee3cc15
 def _markdown(table, digits=3):
     "A `DataFrame` as a table in Markdown"
-    told = lambda v: f'{v:.{digits}f}' if isinstance(v, float) and not np.isnan(v) else '–' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
+    def told(v):
+        if isinstance(v, float): return '–' if np.isnan(v) else f'{v:.{digits}f}'
+        return f'{v:,}' if isinstance(v, int) else str(v)
     rows = [[table.index.name or '', *table.columns], ['---']*(table.shape[1] + 1)]
     rows += [[name, *row] for name, row in zip(table.index, table.astype(object).to_numpy().tolist())]
     return '\n'.join('| ' + ' | '.join(told(v).replace('|', '\\|') for v in r) + ' |' for r in rows)
 
 def with_intervals(t): # Of `HeldOut.scores`, as text
-    def told(end=''): return [f'{v:.3f} ({low:.3f} to {high:.3f})' for v, low, high in t[[f'{c}{end}' for c in ('value', 'bootstrap_95_low', 'bootstrap_95_high')]].to_numpy()]
+    def told(end=''):
+        columns = [f'{c}{end}' for c in ('value', 'bootstrap_95_low', 'bootstrap_95_high')]
+        return [f'{v:.3f} ({low:.3f} to {high:.3f})' for v, low, high in t[columns].to_numpy()]
     columns = {'value (95 % interval)': told()} | ({'before calibration': told('_uncalibrated')} if 'value_uncalibrated' in t else {})
-    return pd.DataFrame(columns, index=pd.Index([s.replace('_', ' ') for s in t.index], name='score'))
+    return pd.DataFrame(columns, index=pd.Index([_names.get(s, s.replace('_', ' ')) for s in t.index], name='score'))
 
-# %% ../nbs/56_record.ipynb #a9c4aa81
+_names = dict(macro_f1='macro F1', nll='NLL', brier='Brier', ece='ECE', classwise_ece='class-wise ECE', top_2='true class among the first two')
+
+# %% ../nbs/56_record.ipynb #2560a2b5
 def calibration_said(found, why=''):
     "Sentences on how far the probabilities can be believed"
-    if found.before is None: return f"The probabilities are not calibrated{why and ': ' + why.rstrip('.')}; take them for an order, not for frequencies."
+    if found.before is None:
+        return f"The probabilities are not calibrated{why and ': ' + why.rstrip('.')}; take them for an order, not for frequencies."
     t, (low, high) = found.scores, found.test['expected_95']
     said = (f'Calibrated ({found.scaling.kind} scaling). The expected calibration error is {t.value.ece:.3f}, and was {t.value_uncalibrated.ece:.3f} before; '
             f'a perfectly calibrated network would have {low:.3f} to {high:.3f} on this many galaxies. ')
-    said += 'These galaxies can tell it from that still.' if found.test['distinguishable'] else 'These galaxies cannot tell it from that.'
+    said += 'It is not perfect: take its probabilities with care.' if found.test['distinguishable'] else 'These galaxies cannot tell it from a perfect one.'
     if found.sets is None: return said
     row = found.coverage.loc['all']
-    return said + (f" The sets of classes, made to hold the true one in {found.scaling.sets['coverage']:.0%} of cases, do so in {row.coverage:.1%} "
+    return said + (f" The sets of classes, made to hold the true one in {found.scaling.sets['coverage']:.0%} of cases or more, do so in {row.coverage:.1%} "
                    f'({row.coverage_95_low:.1%} to {row.coverage_95_high:.1%}), with {row.mean_size:.1f} classes on average.')
 
-# %% ../nbs/56_record.ipynb #8a91c825
+# %% ../nbs/56_record.ipynb #a78c4c23
 def _card_galaxies(learn, split):
     dls, labels = learn.dls, learn.dls.catalog.label
     parts = {'trained on': list(dls.train_ds.items), 'held out': list(dls.valid_ds.items)}
-    counts = pd.DataFrame({name: [int((labels.iloc[rows] == c).sum()) for c in dls.vocab] for name, rows in parts.items()}, index=pd.Index(list(dls.vocab), name='class'))
-    how = 'Galaxies that may share sky are on one side of the split.' if dls.groups is not None else 'No positions are known, so neighbours on the sky may be on both sides of the split.'
+    counts = {name: [int((labels.iloc[rows] == c).sum()) for c in dls.vocab] for name, rows in parts.items()}
+    counts = _markdown(pd.DataFrame(counts, index=pd.Index(list(dls.vocab), name='class')))
+    sky = 'No positions are known, so neighbours on the sky may be on both sides of the split.'
+    if dls.groups is not None: sky = 'Galaxies that may share sky are on one side of the split.'
     votes = '' if isinstance(dls.y, str) else ' The labels were shares of votes; a galaxy is counted under the class with most of them.'
-    return f"{counted(len(dls.catalog), 'galaxy', 'galaxies')} of `{dls.source}`, cut-outs of {dls.size} px.{votes} {how}\n\n{_markdown(counts)}\n\nThe split, to be cited: {cite_split(split).removeprefix('split: ')} (`split.ecsv`; `load_split` reads it)."
+    cited = f"The split, to be cited: {cite_split(split).removeprefix('split: ')} (`split.ecsv`; `load_split` reads it)."
+    return f"{counted(len(dls.catalog), 'galaxy', 'galaxies')} of `{dls.source}`, cut-outs of {dls.size} px.{votes} {sky}\n\n{counts}\n\n{cited}"
 
 def _card_limits(found):
     few = [f'{c} ({n})' for c, n in found.table.n.items() if n < 30]
     return '\n'.join(f'- {s}' for s in (
         'It always names one of its classes, for a star, an artefact or an empty piece of sky too.',
-        'It was judged on galaxies of the survey it was trained on. Another telescope, depth, pixel scale or redshift is another survey: measure there before you rely on it, and fine-tune with some labels of it.',
+        'It was judged on galaxies of the survey it was trained on. Another telescope, depth, pixel scale or redshift is another survey: '
+        'measure there before you rely on it, and fine-tune with some labels of it.',
         'The scores say how often it agrees with the labels, and these may be wrong; the intervals know of the number of galaxies alone.',
         *([f"Few galaxies were held out of {', '.join(few)}: their scores are rough."] if few else []),
         'Counts of predicted classes are not the classes of a population; correct them by completeness and purity.'))
 
-# %% ../nbs/56_record.ipynb #643e55c9
+# %% ../nbs/56_record.ipynb #cecaefa9
 _use = '''```python
 from astroformer_astro.all import *
 learn = load_astroformer_learner('galaxies')                      # the files beside this card
@@ -271,17 +284,20 @@ _elsewhere = 'The weights are not here: this network is none of this package. Ke
 
 def _card(learn, found, title, split, notes, why):
     "The card as Markdown"
-    recipe = [f'- recipe: {_fields(asdict(learn.recipe))}'] if hasattr(learn, 'recipe') else []
-    made = [f'- {k}: {v}' for k, v in notes.items()] + recipe + [f'- made {_now()}; versions and machine are in `environment.json`, every setting is in `config.json`']
-    scores = f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with bootstrap 95 % intervals (those of the calibration errors, ece, lean upwards):\n\n{_markdown(with_intervals(found.scores))}"
-    sets = '' if found.sets is None else '\n\n' + _markdown(found.coverage[['n', 'coverage', 'coverage_95_low', 'coverage_95_high', 'mean_size']])
+    recipe = {'recipe': fields_said(learn.recipe)} if hasattr(learn, 'recipe') else {}
+    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(made=_now())).items()] + ['- versions and machine are in `environment.json`, every setting is in `config.json`']
+    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with bootstrap 95 % intervals (those of the calibration errors, ECE, lean upwards):",
+              _markdown(with_intervals(found.scores)), _markdown(readable_table(found.table)), '![confusion](confusion.png)']
+    sure = [calibration_said(found, why)]
+    if found.sets is not None: sure.append(_markdown(readable_coverage(found.coverage)))
+    if found.before is not None: sure.append('![reliability](reliability.png)')
     parts = {'What it does': f"It gives each of {len(found.classes)} classes a probability, for the cut-out of one galaxy: {', '.join(found.classes)}.",
-             'What it was trained on': _card_galaxies(learn, split), 'How well it does': f'{scores}\n\n{_markdown(readable_table(found.table))}\n\n![confusion](confusion.png)',
-             'Whether to believe its probabilities': calibration_said(found, why) + sets + ('' if found.before is None else '\n\n![reliability](reliability.png)'),
-             'What not to use it for': _card_limits(found), 'How to load it': _use if isinstance(learn.model, Astroformer) else _elsewhere, 'How it was made': '\n'.join(made)}
+             'What it was trained on': _card_galaxies(learn, split), 'How well it does': '\n\n'.join(scores),
+             'Whether to believe its probabilities': '\n\n'.join(sure), 'What not to use it for': _card_limits(found),
+             'How to load it': _use if isinstance(learn.model, Astroformer) else _elsewhere, 'How it was made': '\n'.join(made)}
     return f'# {title}\n\n' + '\n\n'.join(f'## {k}\n\n{v}' for k, v in parts.items()) + '\n'
 
-def _fields(settings): return ', '.join(f'{k} {v}' for k, v in settings.items() if v not in ('', 0, False) or k == 'weight_power')
+def fields_said(settings): return ', '.join(f'{k} {v}' for k, v in asdict(settings).items() if v not in ('', 0, False))
 
 # %% ../nbs/56_record.ipynb #f3ec14c1
 class Pictures:
@@ -303,14 +319,14 @@ def _predictions(learn, found):
     if found.sets is not None: said['set'] = ['; '.join(names[np.argsort(-p)][s[np.argsort(-p)]]) for p, s in zip(found.p, found.sets)]
     return learn.dls.catalog.iloc[rows].assign(row=rows, **said).round({c: 6 for c in said if c[:2] in ('co', 'p_')})
 
-# %% ../nbs/56_record.ipynb #f103df2d
-def write_record(learn, folder, found, title, frozen=0, notes=None, why='', **card):
+# %% ../nbs/56_record.ipynb #70e7b4c1
+def write_record(learn, folder, found, title, frozen=0, notes=None, why='', split=None, **card):
     "The files of a record into an empty folder"
     folder = Path(folder)
     write_json(folder/'config.json', run_config(learn) | dict(notes=notes or {}))
     write_json(folder/'environment.json', run_environment(learn.dls.device))
     write_json(folder/'data.json', data_fingerprint(learn.dls.galaxies))
-    split = write_split(folder/'split.ecsv', learn.dls)
+    split = write_split(folder/'split.ecsv', learn.dls, **split or {})
     tables = dict(scores=found.scores, classes=found.table, held_out=_predictions(learn, found).set_index('row'))
     if learn.curves.values: tables['curves'] = curve_table(learn)
     if found.sets is not None: tables['coverage'] = found.coverage
