@@ -51,7 +51,8 @@ def seconds_per_epoch(
         _step(learn.loss_func, model, endless)
         start = time.perf_counter()
         for _ in range(batches): _step(learn.loss_func, model, endless)
-    return (time.perf_counter() - start)/batches*len(learn.dls.train)*1.15     # validation: a third of a step on a quarter of the galaxies, and the optimiser
+    validation_and_optimiser = 1.15           # a third of a step on a quarter of the galaxies, and a little
+    return (time.perf_counter() - start)/batches*len(learn.dls.train)*validation_and_optimiser
 
 def _step(loss_func, model, batches):
     x, y = next(batches)
@@ -76,13 +77,14 @@ class EpochLines(Callback):
     order = 61
     def __init__(self, stages): self.stages, self.stage = stages, -1
     def before_fit(self): self.stage, self.start, self.first = self.stage + 1, time.perf_counter(), None
-    def before_train(self): self.first = self.epoch if self.first is None else self.first         # not 0 where training goes on from a checkpoint
+    def before_train(self): self.first = self.epoch if self.first is None else self.first         # not 0 where it goes on from a checkpoint
     def after_epoch(self):
         done, (stage, _), (train, valid, *metrics) = self.epoch + 1, self.stages[self.stage], self.recorder.values[-1]
         left = (time.perf_counter() - self.start)*(self.n_epoch - done)/(done - self.first) + _seconds(self.stages[self.stage+1:])
         scores = ', '.join(f'{n.replace("_", " ")} {m:.3f}' for n, m in zip(self.recorder.metric_names[3:-1], metrics))
         where = (f'{stage.what}, ' if len(self.stages) > 1 else '') + f'epoch {done}/{self.n_epoch}'
-        print(f'      {where}: loss {train:.3f}, on held-out galaxies {valid:.3f}, {scores}' + (f' ({_duration(left)} left)' if left else ''), flush=True)
+        left = f' ({_duration(left)} left)' if left else ''
+        print(f'      {where}: loss {train:.3f}, on held-out galaxies {valid:.3f}, {scores}{left}', flush=True)
 
 # %% ../nbs/57_job.ipynb #36b606e7
 def telling_cases(
@@ -149,20 +151,26 @@ def _check(job):
 def _wrong_input(job):
     own = job.classes or ()
     yield job.data and job.catalog, 'both an HDF5 file and a catalogue were given; give one of them.'
-    yield job.images and not job.catalog, f'a folder of images was given ({job.images}), but no catalogue of them; give the table of their names and classes too.'
-    yield job.y != 'label' and not job.catalog, f'a column of classes was given ({job.y}), but no catalogue that has it; give the table too.'
+    yield (job.images and not job.catalog,
+           f'a folder of images was given ({job.images}), but no catalogue of them; give the table of their names and classes too.')
+    yield (job.y != 'label' and not job.catalog,
+           f'a column of classes was given ({job.y}), but no catalogue that has it; give the table too.')
     yield own and job.simulated, 'class names were given, but no survey; give an HDF5 file or a catalogue too.'
-    yield own and ('' in own or len(set(own)) < max(2, len(own))), f"the classes are {', '.join(map(repr, own))}; give two or more names, each once, with commas between them."
-    yield job.bad not in ('raise', 'skip'), f'rows that cannot be used are to be treated as {job.bad!r} (bad); that is either raise or skip.'
+    yield (own and ('' in own or len(set(own)) < max(2, len(own))),
+           f"the classes are {', '.join(map(repr, own))}; give two or more names, each once, with commas between them.")
+    yield (job.bad not in ('raise', 'skip'),
+           f'rows that cannot be used are to be treated as {job.bad!r} (bad); that is either raise or skip.')
 
 def _wrong_numbers(job):
     yield job.arch and job.arch not in model_cfgs, f"no network is called {job.arch!r}; there are {', '.join(model_cfgs)}."
     yield job.epochs < 0, f'epochs is {job.epochs}; give their number, or 0 to have it chosen.'
     yield job.size < 32, f'size is {job.size}; galaxies are read at 32 px or more.'
     yield job.pxscale is not None and not job.pxscale > 0, f'pxscale is {job.pxscale}; give arcsec per pixel, above 0.'
-    yield job.n < 100 and job.simulated, f'n is {job.n}; simulate 100 galaxies or more, so that each class has some to train on and some to hold out.'
+    yield (job.n < 100 and job.simulated,
+           f'n is {job.n}; simulate 100 galaxies or more, so that each class has some to train on and some to hold out.')
     yield job.split_seed < 0, f'split_seed is {job.split_seed}; give 0 or more.'
-    yield job.calibration not in (*_kinds, 'auto', 'none'), f"no calibration is called {job.calibration!r}; there are {', '.join(_kinds)}, auto and none."
+    yield (job.calibration not in (*_kinds, 'auto', 'none'),
+           f"no calibration is called {job.calibration!r}; there are {', '.join(_kinds)}, auto and none.")
     yield job.log not in (None, *logs), f"no log is called {job.log!r}; there are {' and '.join(logs)}."
     yield not 0 < job.coverage < 1, f'coverage is {job.coverage}; give a share between 0 and 1.'
 
@@ -175,12 +183,14 @@ def _recipe(job):
     for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
     return dict(recipe=recipe)
 
-_words = dict(opt=tuple(optimisers), schedule=('one_cycle', 'flat_cos'), unfreeze=('at once', 'one by one', 'never'), augment=('', *augmentations))
+_words = dict(opt=tuple(optimisers), schedule=('one_cycle', 'flat_cos'),
+              unfreeze=('at once', 'one by one', 'never'), augment=('', *augmentations))
+_wanted = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'a word'}
 
 def _check_field(f, value):
     kinds = (int, float) if f.type is float else f.type
     if not isinstance(value, kinds) or f.type is not bool and isinstance(value, bool):
-        raise GalaxyDataError(f'{f.name} of the recipe is {value!r}; give {"True or False" if f.type is bool else "a number" if f.type is float else "a whole number"}.')
+        raise GalaxyDataError(f'{f.name} of the recipe is {value!r}; give {_wanted[f.type]}.')
     if f.type is str and value not in _words.get(f.name, (value,)):
         raise GalaxyDataError(f"{f.name} of the recipe is {value!r}; there are {', '.join(filter(None, _words[f.name]))}.")
     if f.type in (int, float) and not 0 <= value < np.inf: raise GalaxyDataError(f'{f.name} of the recipe is {value}; give 0 or more.')
@@ -199,7 +209,8 @@ def _with_network(job):
     if job.pretrained is None: return replace(job, arch=job.arch or 'astroformer_nano'), None
     old = load_astroformer(job.pretrained)
     name = arch_name(old.cfg)
-    if name is None: raise GalaxyDataError(f'the weights of {job.pretrained} are of a network without a name; fine-tune them in a notebook, with `load_pretrained`.')
+    if name is None:
+        raise GalaxyDataError(f'the weights of {job.pretrained} are of a network without a name; fine-tune them in a notebook, with `load_pretrained`.')
     if job.arch not in (None, name):
         raise GalaxyDataError(f'the weights of {job.pretrained} are of {name}, not of {job.arch}; leave the network out, or ask for {name}.')
     return replace(job, arch=name), old
@@ -212,7 +223,8 @@ def _origin(job, old, classes):
     source, theirs = (old.card.get('record') or {}).get('source') or 'a survey that their card does not name', old.card['classes']
     last = f"other classes ({', '.join(theirs)}), so that the last layer is new"
     if list(theirs) == list(classes): last = 'the same classes, so that the last layer was taken over too'
-    return f"Fine-tuned from {job.pretrained}: weights of {job.arch}, trained on {source} with cut-outs of {old.cfg.img_size[0]} px and {last}."
+    return (f'Fine-tuned from {job.pretrained}: weights of {job.arch}, trained on {source} '
+            f'with cut-outs of {old.cfg.img_size[0]} px and {last}.')
 
 # %% ../nbs/57_job.ipynb #e1187b39
 def _read(job):
@@ -239,7 +251,8 @@ def _left_out(job, galaxies):
     path, n = Path(job.out)/'skipped.csv', len(galaxies.skipped)
     if not n: return path.unlink(missing_ok=True)         # of an earlier run
     write_table(galaxies.skipped, path)
-    return f"{counted(n, 'row')} of {job.catalog} could not be used; {path} lists {'them' if n > 1 else 'it'} with the reason (row 0 is the first below the header)."
+    them = 'them' if n > 1 else 'it'
+    return f"{counted(n, 'row')} of {job.catalog} could not be used; {path} lists {them} with the reason (row 0 is the first below the header)."
 
 # %% ../nbs/57_job.ipynb #e88213dd
 def fit(learn, epochs=0, cbs=()): # How many epochs were not of all layers
@@ -343,7 +356,8 @@ def _facts(job, learn, found, origin, frozen, seconds):
             'seeds': f'{job.seed} for weights, order and augmentation, {job.split_seed} for the split',
             'intervals': '95 %, of scores by bootstrap, of shares by Wilson, from the number of galaxies alone; they know nothing of wrong labels',
             'software': ', '.join(f'{k} {v}' for k, v in machine['packages'].items()) + f", Python {machine['python']}",
-            'machine': f"{machine['device']}, {counted(machine['processes'], 'process', 'processes')}, {learn.precision} precision", 'time': _duration(seconds)}
+            'machine': f"{machine['device']}, {counted(machine['processes'], 'process', 'processes')}, {learn.precision} precision",
+            'time': _duration(seconds)}
 
 # %% ../nbs/57_job.ipynb #cfa3f35d
 def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, cases):
@@ -377,17 +391,24 @@ def _sentence(m):
             f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}.")
 
 # %% ../nbs/57_job.ipynb #55fe6671
-_held_out = ('The network was not trained on these galaxies, and nothing in this run was chosen by how it did on them: not the number of epochs, nor which weights were kept. '
-             'Completeness is the share of a class that was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of the classes. '
-             'The intervals are of a stratified bootstrap; those of the calibration errors, ECE, lean upwards.')
-_how_confused = ('Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and its most confident galaxies. What stands off the diagonal may be the '
-                 'network at fault, or the label.')
-_cross_fit = ('The calibration that is kept with the weights was fitted to the held-out galaxies. What is reported here was not judged by it: the galaxies were dealt into five parts, and each part was judged by '
-              'a calibration, and by sets, that were fitted to the other four.')
-_how_to_read = ('From left to right. The galaxy, with the class it was given and how it is labelled. The probabilities. What each pixel did for the class it was given, compared with an empty piece of sky: '
-                'red spoke for it, blue against it (Integrated Gradients, in units of the logit, which is the score of a class before scores are turned into probabilities; where one per cent or more of the score '
-                'could not be traced to pixels, the title says how much is missed). The same as contours over the galaxy. And how much attention the last stage of the network paid to each patch of the image, '
-                'where 1 is even attention. All this shows what the network went by, not that it was right to.')
+_held_out = """The network was not trained on these galaxies, and but for the calibration, of which more below, nothing in this run
+was chosen by how it did on them: not the number of epochs, nor which weights were kept. Completeness is the share of a class that
+was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of
+the classes. The intervals are of a stratified bootstrap; those of the calibration errors, ECE, lean upwards."""
+
+_how_confused = """Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and
+its most confident galaxies. What stands off the diagonal may be the network at fault, or the label."""
+
+_cross_fit = """The calibration that is kept with the weights was fitted to the held-out galaxies. What is reported here was not
+judged by it: the galaxies were dealt into five parts, and each part was judged by a calibration, and by sets, that were fitted to
+the other four."""
+
+_how_to_read = """From left to right. The galaxy, with the class it was given and how it is labelled. The probabilities. What each
+pixel did for the class it was given, compared with an empty piece of sky: red spoke for it, blue against it (Integrated Gradients,
+in units of the logit, which is the score of a class before scores are turned into probabilities; where one per cent or more of the
+score could not be traced to pixels, the title says how much is missed). The same as contours over the galaxy. And how much
+attention the last stage of the network paid to each patch of the image, where 1 is even attention. All this shows what the network
+went by, not that it was right to."""
 
 # %% ../nbs/57_job.ipynb #f503968b
 def _teller(n):

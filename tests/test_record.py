@@ -170,3 +170,10 @@ def test_settings_that_cannot_be_meant(option, value, said, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith('astroformer train: ') and said in err and err.count('\n') == 1
     assert not list(tmp_path.rglob('*.h5'))
+
+
+@pytest.mark.parametrize('cases', ['nonsense', 'astroformer_nano 64', 'astroformer_nano 64 x', 'astroformer_nano 8 4', 'astroformer_nano 64 4,'])
+def test_cases_of_the_bench_that_are_none(cases, capsys):
+    assert main(['bench', 'model', '--cases', cases]) == 2
+    err = capsys.readouterr().err
+    assert 'is no case' in err and err.count('\n') == 1
