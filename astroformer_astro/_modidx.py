@@ -2063,6 +2063,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'astroformer_astro.record._take_place': ( 'record.html#_take_place',
                                                                                     'astroformer_astro/record.py'),
                                           'astroformer_astro.record._version': ('record.html#_version', 'astroformer_astro/record.py'),
+                                          'astroformer_astro.record._wandb_callback': ( 'record.html#_wandb_callback',
+                                                                                        'astroformer_astro/record.py'),
                                           'astroformer_astro.record.calibration_said': ( 'record.html#calibration_said',
                                                                                          'astroformer_astro/record.py'),
                                           'astroformer_astro.record.curve_table': ( 'record.html#curve_table',

@@ -210,12 +210,21 @@ def run_loggers(
         return [TensorBoardCallback(events, trace_model=False, log_preds=False)]
     if log == 'wandb':
         wandb = require('wandb', 'log')
-        from fastai.callback.wandb import WandbCallback
         Path(folder).mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(config or {}, default=_plain))
         if wandb.run is None: wandb.init(project='astroformer_astro', dir=str(folder), config=config)
-        return [WandbCallback(log_preds=False)]
+        return [_wandb_callback()]
     return []
+
+def _wandb_callback():
+    from fastai.callback.wandb import WandbCallback
+    class Told(WandbCallback):
+        name = 'wandb'
+        def before_fit(self):
+            self.learn.gather_args = dict         # fastai's own list of settings fails with numbers in it (fastcore 2); W&B was told ours
+            try: super().before_fit()
+            finally: del self.learn.gather_args
+    return Told(log_preds=False)
 
 # %% ../nbs/56_record.ipynb #3ee3cc15
 def _markdown(table, digits=3):

@@ -11,7 +11,7 @@ from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.data.sky import cite_split, load_split
 from astroformer_astro.job import Job, judge
 from astroformer_astro.learner import astroformer_learner
-from astroformer_astro.record import _cross_fitted, calibration_said, record_run, run_folder, run_loggers
+from astroformer_astro.record import _cross_fitted, calibration_said, record_run, run_config, run_folder, run_loggers
 from astroformer_astro.synth import galaxy10_classes, synth_arrays, synth_galaxy10
 
 
@@ -120,8 +120,19 @@ def test_wandb_is_told_the_settings(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'wandb', stand_in)
     monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
     callback, = run_loggers('wandb', tmp_path, dict(recipe=dict(lr=torch.tensor(.5))))
-    assert told['config'] == dict(recipe=dict(lr=.5)) and told['dir'] == str(tmp_path) and type(callback).__name__ == 'WandbCallback'
+    assert told['config'] == dict(recipe=dict(lr=.5)) and told['dir'] == str(tmp_path) and callback.name == 'wandb'
     sys.modules.pop('fastai.callback.wandb', None)
+
+
+def test_wandb_itself_offline(survey, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    for k, v in dict(WANDB_MODE='offline', WANDB_SILENT='true').items(): monkeypatch.setenv(k, v)
+    learn = astroformer_learner(loaders(survey), 'astroformer_nano')
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=run_loggers('wandb', tmp_path, run_config(learn)))
+        assert wandb.run.summary['balanced_accuracy'] == pytest.approx(learn.curves.values[-1][3]) and wandb.run.config['recipe']['lr'] == 2e-3
+    finally: wandb.finish()
+    assert list(tmp_path.rglob('*.wandb'))
 
 
 def test_a_log_that_is_not_installed_is_said(monkeypatch, survey, tmp_path, capsys):
