@@ -183,8 +183,7 @@ def _recipe(job):
     for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
     return dict(recipe=recipe)
 
-_words = dict(opt=tuple(optimisers), schedule=('one_cycle', 'flat_cos'),
-              unfreeze=('at once', 'one by one', 'never'), augment=('', *augmentations))
+_words = dict(opt=tuple(optimisers), augment=('', *augmentations))
 _wanted = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'a word'}
 
 def _check_field(f, value):

@@ -183,8 +183,8 @@ def _cross_fitted(x, y, scaling, fold):
         fitted = fit_scaling(x[others], y[others], scaling.kind, **known)
         p[here] = _softmax(x[here], fitted)
         if settings:
-            conformal = fit_conformal(_softmax(x[others], fitted), y[others], settings.coverage, settings.method, len(settings.thresholds) > 1)
-            sets[here] = conformal(p[here])
+            by_class = len(settings.thresholds) > 1
+            sets[here] = fit_conformal(_softmax(x[others], fitted), y[others], settings.coverage, settings.method, by_class)(p[here])
     return p, sets
 
 # %% ../nbs/56_record.ipynb #355ffca1
@@ -243,7 +243,8 @@ def with_intervals(t): # Of `HeldOut.scores`, as text
     columns = {'value (95 % interval)': told()} | ({'before calibration': told('_uncalibrated')} if 'value_uncalibrated' in t else {})
     return pd.DataFrame(columns, index=pd.Index([_names.get(s, s.replace('_', ' ')) for s in t.index], name='score'))
 
-_names = dict(macro_f1='macro F1', nll='NLL', brier='Brier', ece='ECE', classwise_ece='class-wise ECE', top_2='true class among the first two')
+_names = dict(macro_f1='macro F1', nll='NLL', brier='Brier score', ece='ECE', classwise_ece='class-wise ECE',
+              top_2='true class among the first two')
 
 # %% ../nbs/56_record.ipynb #2560a2b5
 def calibration_said(found, why=''):
@@ -294,8 +295,10 @@ _elsewhere = 'The weights are not here: this network is none of this package. Ke
 def _card(learn, found, title, split, notes, why):
     "The card as Markdown"
     recipe = {'recipe': fields_said(learn.recipe)} if hasattr(learn, 'recipe') else {}
-    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(made=_now())).items()] + ['- versions and machine are in `environment.json`, every setting is in `config.json`']
-    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with bootstrap 95 % intervals (those of the calibration errors, ECE, lean upwards):",
+    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(made=_now())).items()]
+    made.append('- versions and machine are in `environment.json`, every setting is in `config.json`')
+    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with bootstrap 95 % intervals; "
+              'those of the calibration errors, ECE, lean upwards.',
               _markdown(with_intervals(found.scores)), _markdown(readable_table(found.table)), '![confusion](confusion.png)']
     sure = [calibration_said(found, why)]
     if found.sets is not None: sure.append(_markdown(readable_coverage(found.coverage)))
