@@ -9,7 +9,8 @@ option = $(if $(findstring command,$(origin $(1))),--$(2) "$($(1))")
 options = $(call option,DATA,data) $(call option,CATALOG,catalog) $(call option,IMAGES,images) $(call option,FILE,x) \
           $(call option,LABEL,y) $(call option,CLASSES,classes) $(call option,BAD,bad) \
           $(call option,ARCH,arch) $(call option,SIZE,size) $(call option,BANDS,bands) $(call option,PXSCALE,pxscale) $(call option,EPOCHS,epochs) $(call option,PRETRAINED,pretrained) \
-          $(call option,SEED,seed) $(call option,RECIPE,recipe) $(if $(findstring command,$(origin RESUME)),$(if $(filter-out 0,$(RESUME)),--resume))
+          $(call option,SEED,seed) $(call option,RECIPE,recipe) $(call option,DEVICE,device) $(call option,PRECISION,precision) \
+          $(call option,CALIBRATION,calibration) $(call option,LOG,log) $(if $(findstring command,$(origin RESUME)),$(if $(filter-out 0,$(RESUME)),--resume))
 
 .PHONY: demo test lab slow docs
 

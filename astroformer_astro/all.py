@@ -21,6 +21,7 @@ from .models.export import *
 from .models.inference import *
 from .metrics import *
 from .calibration import *
+from .curves import *
 from .device import *
 from .recipe import *
 from .survive import *
@@ -38,4 +39,5 @@ from .interpret.plot import *
 from .widgets.state import *
 from .widgets.explorer import *
 from .report import *
+from .record import *
 from .job import *

@@ -363,7 +363,11 @@ def _where_time_goes(name, size, batch):
 
 # %% ../nbs/59_bench.ipynb #bf5b60b3
 def _cases(words): # Dicts of name, size, batch, parameters, gmacs
-    return [_counted(name, int(size)) | dict(batch=int(batch)) for name, size, batch in map(str.split, words.split(','))]
+    return [_case(*case.split()) if _is_case(*case.split()) else _no_case(case) for case in words.split(',')]
+
+def _case(name, size, batch): return _counted(name, int(size)) | dict(batch=int(batch))
+def _is_case(name='', *numbers): return name in model_cfgs and len(numbers) == 2 and all(n.isdigit() for n in numbers) and int(numbers[0]) >= 32 and int(numbers[1]) > 0
+def _no_case(case): raise GalaxyDataError(f"{case.strip()!r} is no case; give networks, each with its side (32 px or more) and batch, as in 'astroformer_pico 64 64, astroformer_0 128 8'.")
 
 def _table(most):
     "Every variant at three sizes; batch 0 where training takes more than half the memory, or a single image more than `most` GMACs"

@@ -14,7 +14,7 @@ from fastai.torch_core import num_distrib
 from fastcore.script import anno_parser
 from fastcore.xtras import trace
 from .bench import bench_accuracy, bench_data, bench_model, bench_transfer
-from .core import GalaxyDataError, atomic_path
+from .core import GalaxyDataError, atomic_path, best_device
 from .data.cutouts import fetch_cutouts
 from .data.fits import is_fits, read_fits
 from .data.hdf5 import check_layout, open_hdf5, pack, repack
@@ -47,9 +47,11 @@ def predict(
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str=None, # Column with the file names; `file` by default, or for FITS that of the training
     orientations:bool=False, # Average over the eight orientations
+    device:str='auto', # Where to compute, as of `train`
 ):
     "Classify every galaxy of a catalogue"
-    df = predict_catalog(load_astroformer_learner(weights), table, out, images, x, orientations=orientations, progress=sys.stderr.isatty())
+    learn = load_astroformer_learner(weights, best_device(device))
+    df = predict_catalog(learn, table, out, images, x, orientations=orientations, progress=sys.stderr.isatty())
     bad = df.problem.dropna()
     if len(bad) and len(bad) == len(df): raise GalaxyDataError(_none_predicted(bad, table, out))
     print(f'{counted(len(df), "row")} written to {out}' + (f', {len(bad):,} of them without a prediction: the column problem says why' if len(bad) else ''))
@@ -66,10 +68,11 @@ def explain(
     out:str='explanation.png', # Picture to write, of the kind that its name ends in: png, jpg, pdf, svg
     target:str=None, # Class to explain; the predicted one by default
     baseline:str='sky', # What the galaxy is compared with: `sky`, `black` or `blur`
+    device:str='auto', # Where to compute, as of `train`
 ):
     "Draw why a galaxy is classified as it is"
     kind, item = _picture_kind(out), image.split(',') if ',' in image else image
-    explainer = Explainer(load_astroformer_learner(weights))
+    explainer = Explainer(load_astroformer_learner(weights, best_device(device)))
     fig = plot_explanation(explainer.attribute(item, target=target, baseline=baseline), explainer.attention(item))
     with atomic_path(out) as tmp, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph .* missing from font')
@@ -159,10 +162,10 @@ def main(
     if verb is None:
         print(_usage(), file=sys.stdout if argv[:1] in (['-h'], ['--help']) else sys.stderr)
         return 0 if argv[:1] in (['-h'], ['--help']) else 2
-    if num_distrib() > 1:
-        print(f'astroformer {verb}: this is one of {num_distrib()} processes, and they would write the same files; the command works in one, and `data_parallel` in a script of your own.', file=sys.stderr)
-        return 2
     f = _verbs[verb]
+    if num_distrib() > 1 and f is not train:
+        print(f'astroformer {verb}: this is one of {num_distrib()} processes, which would write the same files; several of them can only train.', file=sys.stderr)
+        return 2
     options = vars(anno_parser(Job if f is train else f, prog=f'astroformer {verb}').parse_args(argv[len(verb.split()):]))
     if options['pdb']: f = trace(f)
     try: f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})

@@ -15,6 +15,7 @@ import numpy as np, timm, torch
 from torch import nn
 from .core import GalaxyDataError, announce_device
 from .calibration import Scaling, use_scaling
+from .curves import Curves
 from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
 from .data.block import GalaxyDataLoaders
 from .device import Autocast, Compiled, choose_precision
@@ -130,7 +131,7 @@ def astroformer_learner(
         raise GalaxyDataError(f'this recipe trains the head of {arch} alone at first, over layers that have learnt nothing; give `pretrained` weights, or another recipe.')
     model, dls = _network(dls, arch, pretrained, r, {k: v for k, v in settings.items() if k not in known}), _reloaded(dls, r)
     precision = choose_precision(dls.device, precision)
-    cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + L(cbs)
+    cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + Curves() + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
     learn = Learner(dls, model, _loss(dls, r, confusion), opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
                     train_bn=not r.freeze_norms, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])

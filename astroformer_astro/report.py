@@ -103,8 +103,20 @@ def readable_table(
     table:pd.DataFrame, # As from `class_table`
 )->pd.DataFrame: # Text
     "Galaxies, completeness and purity of each class, with the 95 % intervals in brackets"
-    def told(name): return ['–' if np.isnan(v) else f'{v:.2f} ({low:.2f} to {high:.2f})' for v, low, high in table[[name, f'{name}_95_low', f'{name}_95_high']].to_numpy()]
-    text = {'galaxies': [f'{n:,}' for n in table.n]} | {f'{name} (95 % interval)': told(name) for name in ('completeness', 'purity')}
+    text = {'galaxies': [f'{n:,}' for n in table.n]} | {f'{name} (95 % interval)': _between(table, name) for name in ('completeness', 'purity')}
+    return pd.DataFrame(text, index=table.index)
+
+def _between(table, name): # Values with intervals, as text
+    rows = table[[name, f'{name}_95_low', f'{name}_95_high']].to_numpy(float)
+    return ['–' if np.isnan(v) else f'{v:.2f} ({low:.2f} to {high:.2f})' for v, low, high in rows]
+
+# %% ../nbs/55_report.ipynb #b7ff3422
+def readable_coverage(
+    table:pd.DataFrame, # As from `coverage_table`
+)->pd.DataFrame: # Text
+    "Galaxies, coverage with its 95 % interval, and size of the sets"
+    text = {'galaxies': [f'{n:,}' for n in table.n], 'sets that hold the true class (95 % interval)': _between(table, 'coverage'),
+            'classes in a set, mean': [f'{v:.2f}' for v in table.mean_size], 'empty sets': [f'{n:,}' for n in table.empty_sets]}
     return pd.DataFrame(text, index=table.index)
 
 # %% ../nbs/55_report.ipynb #265c3667

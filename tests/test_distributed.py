@@ -1,8 +1,10 @@
 """Two processes on the CPU, talking through gloo: the same training as one, and every galaxy once."""
 import json, os, subprocess, sys, textwrap
+from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 
+from astroformer_astro.cli import main
 from astroformer_astro.synth import synth_galaxy10
 
 pytest.importorskip('accelerate')
@@ -91,3 +93,40 @@ def test_the_network_comes_back_as_it_was(runs):
 
 def test_processes_draw_for_themselves(runs):
     assert not set(runs['0']['plain']['draws']) & set(runs['1']['plain']['draws'])
+
+
+# as a user would, on as many processes as a machine without GPUs lets accelerate start
+accelerate = [str(Path(sys.executable).parent/'accelerate'), 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '-m', 'astroformer_astro.cli']
+
+
+@pytest.fixture(scope='module')
+def commands(tmp_path_factory):
+    "Folders of the same command, alone and in two processes; and what the two said"
+    folder = tmp_path_factory.mktemp('commands')
+    survey = synth_galaxy10(folder/'s.h5', n=120, size=32, seed=0, balance='uniform')       # 95 to train on: one batch of 64, which two processes can halve
+    words = ['train', '--data', str(survey), '--size', '32', '--epochs', '2', '--device', 'cpu', '--recipe', 'scratch_few augment=none drop_path=0 ema=.9', '--out']
+    assert main([*words, str(folder/'one')]) == 0
+    done = subprocess.run([*accelerate, *words, str(folder/'two')], capture_output=True, text=True, env=env | dict(ACCELERATE_USE_CPU='false'), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder/'one', folder/'two', done.stdout
+
+
+def test_the_command_trains_in_two_processes_as_in_one(commands):
+    one, two, _ = commands
+    np.testing.assert_allclose(pd.read_csv(two/'curves.csv'), pd.read_csv(one/'curves.csv'), rtol=1e-4)
+    a, b = (pd.read_csv(d/'held_out.csv') for d in (one, two))
+    assert a.row.tolist() == b.row.tolist() and not a.row.duplicated().any()
+    columns = [c for c in a if c.startswith('p_')]
+    np.testing.assert_allclose(b[columns], a[columns], atol=1e-4)
+
+
+def test_only_the_first_process_writes_and_speaks(commands):
+    one, two, said = commands
+    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()} == {*json.loads((two/'files.json').read_text())['sha256'], 'files.json'}
+    assert said.count('epoch 2/2') == said.count('on CPU') == said.count('done: open') == 1
+    assert json.loads((two/'environment.json').read_text())['processes'] == 2
+
+
+def test_other_verbs_are_not_shared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(['synth', str(tmp_path/'a.h5')]) == 2 and 'can only train' in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def numbers(out): return json.loads((out/'metrics.json').read_text())
 def test_a_report_says_how_it_was_made(scratch, survey):
     text = page(scratch)
     for words in ('Galaxies of old.h5, classified by astroformer_nano', 'Trained from scratch', 'How this was made', '0 for weights, order and augmentation, 42 for the split', 'arcsec apart on one side',
-                  'times as much as one of', 'not calibrated', 'torch 2', '2 epochs', 'completeness (95 % interval)', 'always answering the commonest class gives accuracy'):
+                  'times as much as one of', 'Calibrated (', 'before calibration', 'sets that hold the true class', 'torch 2', '2 epochs', 'completeness (95 % interval)', 'always answering the commonest class gives accuracy'):
         assert words in text, words
     assert not re.search(r'alt="(figure)?"', text)
     command = shlex.split(re.search(r'<th>command</th><td>(.*?)</td>', text)[1])
