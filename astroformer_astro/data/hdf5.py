@@ -6,7 +6,7 @@
 __all__ = ['FileLayout', 'check_layout', 'MappedPixels', 'file_fingerprint', 'repack', 'read_hdf5', 'pack', 'pack_catalog']
 
 # %% ../../nbs/11_data.hdf5.ipynb #78d51e64
-import json, os, re, shutil, zlib
+import json, os, re, shutil, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
-from .images import GalaxySet, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_catalog
+from .images import GalaxySet, bar, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
 
 # %% ../../nbs/11_data.hdf5.ipynb #a95748d8
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError
@@ -37,21 +37,6 @@ def open_hdf5(
     with _reading(path):
         if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of an HDF5 file in the Galaxy10 layout.')
         with h5py.File(path) as f: yield f
-
-# %% ../../nbs/11_data.hdf5.ipynb #b40893e0
-def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
-
-def _class_names(f, classes=None):
-    "Those given, those the file carries, or Galaxy10's"
-    names = f.attrs.get('classes', galaxy10_classes) if classes is None else classes
-    if isinstance(names, (str, bytes)) or not np.iterable(names): raise GalaxyDataError(f"the classes of {f.filename} are {names!r}; expected a list of names.")
-    names = tuple(_text(c) for c in names)
-    if len(set(names)) < len(names): raise GalaxyDataError(f"the classes of {f.filename} are {', '.join(names)}; expected every name once.")
-    return names
-
-def _bands(f):
-    "Names of the bands of flux; none for pictures"
-    return tuple(_text(b) for b in f.attrs.get('bands', ()))
 
 # %% ../../nbs/11_data.hdf5.ipynb #f0c1ab4a
 def _check_pixels(f):
@@ -95,6 +80,30 @@ def _values(d):
     if 'crc32' in d.attrs and d.attrs['crc32'] != _crc(d.name, values):
         raise GalaxyDataError(f"{d.name[1:]!r} of {d.file.filename} differs from its checksum; get or make the file again, or delete the attribute 'crc32' of what you have changed on purpose.")
     return values
+
+# %% ../../nbs/11_data.hdf5.ipynb #b40893e0
+def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
+
+def _class_names(f, classes=None):
+    "Those given, those the file carries, Galaxy10's where its last class is there, or else the numbers"
+    names = f.attrs.get('classes') if classes is None else classes
+    if names is None: return _unnamed(f)
+    if isinstance(names, str): names = [c.strip() for c in names.split(',')]
+    if isinstance(names, bytes) or not np.iterable(names): raise GalaxyDataError(f"the classes of {f.filename} are {names!r}; expected a list of names.")
+    names = tuple(_text(c) for c in names)
+    if len(set(names)) < len(names): raise GalaxyDataError(f"the classes of {f.filename} are {', '.join(names)}; expected every name once.")
+    return names
+
+def _unnamed(f):
+    "Class names of a file that has none"
+    most = int(_values(f['ans']).max())
+    if most >= 9 or _text(f.attrs.get('generator', '')) == 'astroformer_astro.synth': return galaxy10_classes
+    warnings.warn(f"{f.filename} has the labels 0 to {most} and no names for them: they are called by their numbers; name them (classes=), by galaxy10_classes if they are Galaxy10's.", stacklevel=5)
+    return tuple(map(str, range(most + 1)))
+
+def _bands(f):
+    "Names of the bands of flux; none for pictures"
+    return tuple(_text(b) for b in f.attrs.get('bands', ()))
 
 # %% ../../nbs/11_data.hdf5.ipynb #6777a4b5
 _not_columns = 'images', 'images_crc32', 'ans', 'label'
@@ -172,7 +181,7 @@ def _described(l):
 # %% ../../nbs/11_data.hdf5.ipynb #fbd019ab
 def check_layout(
     f, # An open `h5py.File`, or the path of one
-    classes=None, # Class names in the order of their numbers; those of the file, or Galaxy10's, by default
+    classes=None, # As in `read_hdf5`
 )->FileLayout:
     "What `f` holds; raises `GalaxyDataError` unless it is in the Galaxy10 layout with labels inside `classes`"
     if isinstance(f, (str, Path)):
@@ -292,7 +301,7 @@ def _bytes(text, name):
     return encoded
 
 # %% ../../nbs/11_data.hdf5.ipynb #49f182d5
-def _put_table(f, catalog, classes, bands=(), stretch=None, skipped=()):
+def _put_table(f, catalog, classes, skipped=()):
     "The catalogue, class numbers for its labels, and the words about it"
     names = [str(c) for c in catalog]
     odd = sorted({c for c in names if names.count(c) > 1})
@@ -304,9 +313,14 @@ def _put_table(f, catalog, classes, bands=(), stretch=None, skipped=()):
         if name != 'label': _put_column(f, _key(name, i), name, catalog[column])
     f.attrs['classes'] = np.array([_bytes(c, 'classes') for c in classes])
     f.attrs['columns'] = np.bytes_(json.dumps(names))
-    if bands: f.attrs['bands'] = np.array([_bytes(b, 'bands') for b in bands])
-    if stretch: f.attrs['stretch'] = np.bytes_(json.dumps(stretch.to_dict()))
     if len(skipped): f.attrs['skipped'] = np.bytes_(skipped.to_json(orient='records'))
+
+def _put_flux(f, bands, stretch, reader):
+    "What flux is, how it is looked at, and how files like those that it came from are read"
+    f.attrs['bands'] = np.array([_bytes(b, 'bands') for b in bands])
+    f.attrs['stretch'] = np.bytes_(json.dumps(stretch.to_dict()))
+    settings = reader.to_dict() if hasattr(reader, 'to_dict') else reader
+    if isinstance(settings, dict): f.attrs['reader'] = np.bytes_(json.dumps(settings, default=str))
 
 # %% ../../nbs/11_data.hdf5.ipynb #e5234052
 def _verify(f, progress):
@@ -410,12 +424,20 @@ def repack(
 def read_hdf5(
     path, # A file in the Galaxy10 layout
     size:int=64, # Side of the cut-outs, px; `None` for that of the file
-    classes=None, # Class names in the order of their numbers; Galaxy10's unless the file carries a `classes` attribute
+    classes=None, # Class names in the order of their numbers; those of the attribute `classes`, or Galaxy10's where there are ten, by default
     progress:bool=True, # Say what was found and show a progress bar
     verify:bool=True, # Compare all pixels with their checksums, where the file has them
     in_memory:int=2**28, # Largest file that is read rather than repacked, bytes of unpacked pixels
+    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+    dec:str=None, # Column with the declination, degrees
 )->GalaxySet:
     "A survey from HDF5; raises `GalaxyDataError` for a file that is missing, damaged, no HDF5, or of another layout"
+    if size is not None: check_whole(size, 'size')
+    galaxies = _read(path, size, classes, progress, verify, in_memory)
+    galaxies.catalog = with_position(galaxies.catalog, ra, dec, path)
+    return galaxies
+
+def _read(path, size, classes, progress, verify, in_memory):
     with open_hdf5(path) as f:
         layout = check_layout(f, classes)
         if progress: print(layout)
@@ -435,9 +457,9 @@ def _galaxies(f, layout, size, source, progress, verify):
         print(f"the column 'redshift' of {source} is a copy of 'dec'; it is taken as missing.")
         cat['redshift'] = np.nan
     if 'pxscale' in cat: cat['pxscale'] *= layout.px/size
-    stretch, skipped = (json.loads(_text(f.attrs.get(k, 'null'))) for k in ('stretch', 'skipped'))
+    stretch, reader, skipped = (json.loads(_text(f.attrs.get(k, 'null'))) for k in ('stretch', 'reader', 'skipped'))
     return GalaxySet(_pixels(f['images'], layout, size, progress), cat, layout.classes, str(source), pd.DataFrame(skipped or []),
-                     bands=layout.bands, stretch=stretch and _stretch(stretch))
+                     bands=layout.bands, stretch=stretch and _stretch(stretch), reader=reader)
 
 def _pixels(images, layout, size, progress):
     if layout.offset is not None and images.shape[1:3] == (size, size): return MappedPixels(images.file.filename, layout.offset, layout.shape, layout.dtype)
@@ -464,7 +486,8 @@ def pack(
     _check_packable(g)
     with atomic_path(out) as tmp, _file(tmp) as f:
         _put_pixels(f, (images[rows] for rows in bar(_slabs(images), progress)), images.shape, images.dtype)
-        _put_table(f, g.catalog, g.classes, g.bands, g.stretch, g.skipped)
+        _put_table(f, g.catalog, g.classes, g.skipped)
+        if g.stretch: _put_flux(f, g.bands, g.stretch, g.reader)
     return Path(out)
 
 def _check_packable(g):
@@ -499,14 +522,18 @@ def pack_catalog(
     bad:str='raise', # What to do with unusable rows: `raise`, or `skip` and list them
     progress:bool=True, # Show a progress bar
     classes=None, # Class names in the order of their numbers; those found, sorted, by default
+    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+    dec:str=None, # Column with the declination, degrees
 )->Path:
     "What `pack(read_catalog(...))` writes, without all pixels in memory; raises `GalaxyDataError` naming the rows that cannot be used"
+    check_whole(size, 'size')
     df, name, images = open_catalog(table, images, bad, x, y)
-    class_names(df[y].dropna(), classes, name)        # a class that is unknown is known before the files are decoded
+    df, names, problems = look_over(with_position(df, ra, dec, name), y, classes, bad, name)
     paths = file_paths(df[x], images)
     with atomic_path(out) as tmp:
-        with _file(tmp) as f: problems = _put_files(f, paths, size, progress)
-        use, skipped, df, classes = usable_catalog(df, y, paths, problems, size, bad, classes, name)
+        with _file(tmp) as f: unreadable = _put_files(f, paths, size, progress)
+        use, skipped, df, classes = usable_rows(df, names, classes, unreadable | problems, bad, name)
+        if 'pxscale' in df: df['pxscale'] *= [image_side(paths[i])/size for i in use]
         with _file(tmp, 'w' if len(skipped) else 'a') as f:
             if len(skipped): unusable_rows(df.label, _put_files(f, [paths[i] for i in use], size, progress), 'raise', name)
             _put_table(f, df, classes, skipped=skipped)
