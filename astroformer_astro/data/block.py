@@ -20,9 +20,9 @@ from ..core import GalaxyDataError, best_device, short_name
 from .augment import GalaxyAugment, GalaxyTransform
 from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import read_hdf5
-from .images import GalaxySet, PictureReader, _named, _plain, check_columns, open_catalog, read_catalog, to_cutout
+from .images import GalaxySet, PictureReader, _named, _plain, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
 from PIL import Image
-from .sky import _arcsec_said, cutout_separation, duplicates, position_columns, row_numbers, row_splitter, sky_groups, split_galaxies
+from .sky import _arcsec_said, cutout_separation, duplicates, joined_groups, row_numbers, row_splitter, same_pixels, sky_groups, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, _grid, band_statistics, collate, dispatch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -200,11 +200,14 @@ def _apart(galaxies, separation):
     own = cutout_separation(galaxies)
     return own, 'the diagonals of their cut-outs, 60 at least' if np.ndim(own) else 'no pixel scale is known'
 
+_nowhere = 'no positions on the sky are known, so that galaxies may share some across the split (a catalogue has ra and dec, or ra= and dec= name them)'
+
 def _sky_said(groups, separation, why, train, valid):
-    if groups is None: return ', without positions on the sky'
-    near = f'closer than {_arcsec_said(separation)} ({why})'
+    if groups is None: return f'; {_nowhere}'
+    near = 'with the same pixels' if separation is None else f'closer than {_arcsec_said(separation)} ({why})'
     if torn := _torn(groups, train, valid): return f', {torn} of them in one group on the sky with one that is trained on: galaxies {near}'
-    return f', {len(set(groups))} groups on the sky kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
+    whole = f', {len(set(groups))} groups{" on the sky" if separation is not None else ""} kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
+    return whole if separation is not None else f'{whole}; {_nowhere}'
 
 # %% ../../nbs/15_data.block.ipynb #b3be0c17
 class _KnownGalaxies(DataLoaders):
@@ -241,12 +244,13 @@ class _GalaxyLoaders(_KnownGalaxies):
         y='label', # Column with the classes in rows of other catalogues; or columns of the catalogue with votes, one for each class
     ):
         "Split without leaks, measure the statistics, and build the loaders"
+        _check_settings(bs, valid_pct, seed, separation)
+        if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))         # as a packed survey has it
         position = position_columns(galaxies.catalog)
-        separation, why = _apart(galaxies, separation)
-        groups = sky_groups(*position, separation) if position else None
+        groups, separation, why = _groups(galaxies, position, separation)
         with _after_skipping(galaxies): train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
-        _tell_conflicts(galaxies.catalog, position)
+        _tell_conflicts(galaxies, position)
         stats = stats or _statistics(galaxies, train)
         block, labels, targets = _labels(galaxies, y)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
@@ -278,16 +282,23 @@ def _after_skipping(galaxies):
         raise GalaxyDataError(f'{left} of {left + len(galaxies)} rows were left out (most often: {galaxies.skipped.problem.value_counts().index[0]}), and of the rest: {e}') from None
 
 # %% ../../nbs/15_data.block.ipynb #dc388dca
-def _tell_conflicts(catalog, position):
-    if position and (n := int(duplicates(*position, labels=catalog.label).conflict.sum())):
-        warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
+def _groups(galaxies, position, separation):
+    "The group of each galaxy, those on the sky joined with those of equal pixels; the separation, and why; `None` where nothing links any"
+    copies = same_pixels(galaxies.images) if np.any(separation != 0) else np.arange(len(galaxies))
+    if not position: return copies if copies.max() + 1 < len(galaxies) else None, None, ''
+    separation, why = _apart(galaxies, separation)
+    return joined_groups(sky_groups(*position, separation), copies), separation, why
 
-def _made(augment, galaxies):
-    "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
-    made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
-    for t in made:
-        if isinstance(t, GalaxyTransform): t.know(galaxies)
-    return made
+def _tell_conflicts(galaxies, position):
+    "Warn of objects that are there twice, by position under two labels or by their pixels"
+    labels = galaxies.catalog.label
+    if position and (n := int(duplicates(*position, labels=labels).conflict.sum())):
+        warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
+    copies = pd.Series(same_pixels(galaxies.images))
+    if not (again := copies.duplicated()).any(): return
+    i = int(again.argmax())
+    torn = int((labels.reset_index(drop=True).groupby(copies).nunique() > 1).sum())
+    warnings.warn(f"{again.sum()} rows have the very pixels of another (rows {int(copies.eq(copies[i]).argmax())} and {i}, for one){f', and {torn} images have two labels' if torn else ''}; they stay on one side of the split.", stacklevel=4)
 
 # %% ../../nbs/15_data.block.ipynb #1fd2107e
 class _CardLoaders(_GalaxyLoaders):
