@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from astropy.cosmology import Planck18
 from ..core import GalaxyDataError
 from .fits import is_surface, nanomaggies_in
+from .images import check_number
 from .tensor import TensorGalaxy
 from fastai.vision.data import DisplayedTransform
 
@@ -147,6 +148,12 @@ def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
 def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
     return 2*torch.rand(len(x), *shape, device=x.device) - 1
 
+def _check_strengths(t, **settings):
+    "Set the settings of a transform; raises `GalaxyDataError` for one that is no number from 0 on, or a share `p` above 1"
+    for name, v in settings.items():
+        if v is not None and v != 0 or isinstance(v, (bool, str)): check_number(v, f'{name} of {type(t).__name__}', most=1 if name == 'p' else math.inf)
+        setattr(t, name, v)
+
 def _in_disc(x): # Draws from the disc of radius 1, all its parts alike, `B x 2`
     r, turn = torch.rand(len(x), device=x.device).sqrt(), math.pi*_uniform(x)
     return torch.stack([r*turn.cos(), r*turn.sin()], -1)
@@ -165,7 +172,8 @@ class GalaxyAugment(GalaxyTransform):
         seeing:float=0, # PSF FWHM, arcsec, which a galaxy further away is still seen through
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
-        self.p, self.angle, self.shift, self.zoom, self.jitter, self.redshift, self.seeing, self.pxscale = p, angle, shift, zoom, jitter, redshift, seeing, pxscale
+        _check_strengths(self, p=p, angle=angle, shift=shift, zoom=zoom, jitter=jitter, seeing=seeing, pxscale=pxscale)
+        self.redshift = redshift
         self.in_arcsec = jitter is not None or bool(seeing)
         if redshift: self.distances = torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, 65))), dtype=torch.float32)
 
@@ -201,7 +209,7 @@ class Seeing(GalaxyTransform):
         fwhm:float, # Largest FWHM of the Gaussian, arcsec; seeing of 1.2 becomes 2 under one of 1.6, as widths add in quadrature
         p:float=.5, # Share of galaxies
         pxscale:float=None, # arcsec/px; by default that of each galaxy
-    ): self.fwhm, self.p, self.pxscale = fwhm, p, pxscale
+    ): _check_strengths(self, fwhm=fwhm, p=p, pxscale=pxscale)
     def change(self, x, scale): return blur(x, self.fwhm/self.arcsec(x, scale)*torch.rand(len(x), device=x.device))
 
 # %% ../../nbs/14_data.augment.ipynb #2064cfea
@@ -211,7 +219,7 @@ class BandGain(GalaxyTransform):
     def __init__(self,
         mag:float=.05, # Largest error, magnitudes
         p:float=1., # Share of galaxies
-    ): self.mag, self.p = mag, p
+    ): _check_strengths(self, mag=mag, p=p)
     def change(self, x, scale): return x*10**(.4*self.mag*_uniform(x, x.shape[1], 1, 1))
 
 # %% ../../nbs/14_data.augment.ipynb #ff4013c5
@@ -222,7 +230,7 @@ class SkyLevel(GalaxyTransform):
         level:float, # Largest offset, in the unit of the image
         gradient:float=0, # Largest difference between opposite edges, in the unit of the image
         p:float=.5, # Share of galaxies
-    ): self.level, self.gradient, self.p = level, gradient, p
+    ): _check_strengths(self, level=level, gradient=gradient, p=p)
     def change(self, x, scale):
         down, across = (torch.linspace(-.5, .5, n, device=x.device) for n in x.shape[-2:])
         turn, steep = math.pi*_uniform(x, 1, 1, 1), self.gradient*_uniform(x, x.shape[1], 1, 1)
@@ -242,8 +250,8 @@ class SkyNoise(GalaxyTransform):
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
         if (sigma is None) == (depth is None): raise GalaxyDataError('noise is given either as sigma, in the unit of the image, or as a depth in magnitudes.')
+        _check_strengths(self, sigma=sigma, depth=depth, now=now, fwhm=fwhm, gain=gain, p=p, pxscale=pxscale)
         if depth is not None and depth >= now: raise GalaxyDataError(f'images of depth {now} cannot be made as deep as {depth}; give a brighter magnitude.')
-        self.sigma, self.depth, self.now, self.fwhm, self.gain, self.p, self.pxscale = sigma, depth, now, fwhm, gain, p, pxscale
         self.in_arcsec = depth is not None
 
     def most(self, x, scale): # Largest noise to add, `B`
@@ -270,7 +278,7 @@ class BandDropout(GalaxyTransform):
     order = 70
     def __init__(self,
         p:float=.1, # Share of galaxies
-    ): self.p = p
+    ): _check_strengths(self, p=p)
     def change(self, x, scale):
         if x.shape[1] == 1: raise GalaxyDataError('galaxies of one band are nothing without it; leave out BandDropout.')
         lost = torch.randint(x.shape[1], (len(x), 1, 1, 1), device=x.device)
@@ -283,7 +291,7 @@ class Cutout(GalaxyTransform):
     def __init__(self,
         side:float=.5, # Side of the square as a share of the image's
         p:float=.5, # Share of galaxies
-    ): self.side, self.p = side, p
+    ): _check_strengths(self, side=side, p=p)
     def change(self, x, scale):
         down, across = (_away(torch.linspace(0, 1, n, device=x.device), torch.rand(len(x), 1, device=x.device)) for n in x.shape[-2:])
         return x*((down[:,None,:,None] > self.side/2) | (across[:,None,None,:] > self.side/2))

@@ -499,10 +499,15 @@ def _read_files(paths, bands, **kwargs):
     if isinstance(paths, dict):
         other = {b: _names_of(p, 1)[0] in paths.keys() - {b} for b, p in paths.items()}       # the name of the file says that of another band
         return [_only(_read_file(Path(p), (b,), sure=not other[b], **kwargs), b, p) for b, p in paths.items()]
+    if not isinstance(paths, (str, Path, list, tuple)): raise GalaxyDataError(f'the files to read are {paths!r}; give a path, a list of paths, or {{band: path}}')
     paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not paths: raise GalaxyDataError('there is no file to read; give one, or one for each band')
     each = [(b,) for b in bands] if len(paths) == len(bands) else [bands]*len(paths)
     return [im for p, wanted in zip(paths, each) for im in _read_file(p, wanted, **kwargs)]
+
+def _check_flux(unit, zeropoint):
+    if not isinstance(unit, str): raise GalaxyDataError(f"unit is {unit!r}; give 'auto', 'keep' or a unit such as 'nanomaggies'.")
+    for zp in zeropoint.values() if isinstance(zeropoint, dict) else [] if zeropoint is None else [zeropoint]: check_number(zp, 'zeropoint', 'an AB magnitude')
 
 def _only(images, band, path):
     "The one band of a file that was given for it"
@@ -538,6 +543,7 @@ def read_fits(
 )->FitsImage:
     "One galaxy, its bands from blue to red unless `bands` says otherwise; raises `GalaxyDataError` that names the file and its fault"
     bands = _band_list(bands)
+    _check_flux(unit, zeropoint)
     images = _read_files(paths, bands, ext=ext, unit=unit, zeropoint=zeropoint, around=around, checksum=checksum)
     image = _choose(align_bands(_numbered(images)), bands)
     if unit in ('auto', 'keep', image.unit): return image
@@ -573,6 +579,8 @@ def fits_cutout(
     pxscale:float=None, # arcsec per pixel; by default the image's own around a position, else what brings the largest square of the image to `size` pixels
 )->FitsImage: # `bands x size x size`; flux per pixel follows the size of the pixels, so that that of a galaxy is kept; surface brightness is averaged
     "A square of a size and pixel scale; raises `GalaxyDataError` where the image does not know its own, or does not cover the position"
+    check_whole(size, 'size')
+    if pxscale is not None: check_number(pxscale, 'pxscale', 'arcsec per pixel')
     x, y, step = _aim(image, size, ra, dec, pxscale)
     shape, side = image.data.shape[1:], size*step
     window = Cutout2D(image.mask[0], (x, y), ceil(side) + 3, mode='trim').slices_original
@@ -618,6 +626,7 @@ class _FitsSettings:
         if self.invalid not in ('fill', 'channel', 'refuse'): raise GalaxyDataError(f"invalid is {self.invalid!r}; give 'fill', 'channel' or 'refuse'.")
         object.__setattr__(self, 'centre', tuple(self.centre))
         check_whole(self.size, 'size')
+        _check_flux(self.unit, self.zeropoint)
         if self.pxscale is not None: check_number(self.pxscale, 'pxscale', 'arcsec per pixel')
         if self.max_masked: check_number(self.max_masked, 'max_masked', 'a share', most=1)
 
@@ -698,6 +707,7 @@ def fits_columns(
 )->list:
     "Columns that `x` asks for"
     if isinstance(x, dict): return [*x.values()]
+    if not isinstance(x, str): raise GalaxyDataError(f"x is {x!r}; give the column with the files, {{band: column}}, or a pattern such as '{{name}}_{{band}}.fits'.")
     try: return [x] if '{' not in x else list(dict.fromkeys(f for _, f, _, _ in Formatter().parse(x) if f and f != 'band'))
     except ValueError as e: raise GalaxyDataError(f"The pattern {x!r} cannot be filled in ({e}); write it as '{{name}}_{{band}}.fits', with columns in braces.") from None
 

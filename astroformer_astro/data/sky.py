@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from scipy.stats import hypergeom
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from ..core import GalaxyDataError, atomic_path
-from .images import GalaxySet, position_columns
+from .images import GalaxySet, check_number, check_whole, position_columns
 
 # %% ../../nbs/13_data.sky.ipynb #509c1e2f
 def row_numbers(
@@ -35,6 +35,7 @@ def row_numbers(
     if rows.dtype == bool:
         if rows.shape != (n,): raise GalaxyDataError(f'a mask of {rows.size} rows was given for a catalogue of {n}.')
         return np.flatnonzero(rows)
+    if rows.ndim != 1 or len(rows) and rows.dtype.kind not in 'iu': raise GalaxyDataError(f'rows are given as {str(rows)[:60]}; give whole numbers from 0 on, or a mask.')
     rows = rows.astype(int)
     if len(rows) and not 0 <= rows.min() <= rows.max() < n: raise GalaxyDataError(f'row {rows.max() if rows.max() >= n else rows.min()} was named, but the catalogue has rows 0 to {n-1}.')
     return rows
@@ -62,7 +63,8 @@ def _vectors(ra, dec):
 
 def _chord(separation):
     "Chord on the unit sphere of angles in arcsec"
-    angle = u.Quantity(separation, u.arcsec).to_value(u.rad)
+    try: angle = u.Quantity(separation, u.arcsec).to_value(u.rad)
+    except (TypeError, ValueError): raise GalaxyDataError(f'the separation is {separation!r}; give an angle above 0, in arcsec.') from None
     if not np.all(angle > 0): raise GalaxyDataError(f'the separation is {np.min(separation)}; give an angle above 0, in arcsec.')
     return 2*np.sin(np.minimum(angle, np.pi)/2)
 
@@ -234,7 +236,8 @@ def split_galaxies(
     "Stratified split that keeps groups whole; raises `GalaxyDataError` where the galaxies do not allow one"
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    if not 0 < valid_pct <= .5: raise GalaxyDataError(f'valid_pct is {valid_pct}; give the share to hold out, above 0 and up to 0.5.')
+    check_number(valid_pct, 'valid_pct', 'the share to hold out,', most=.5)
+    check_whole(seed, 'seed', 0)
     counts = _check_galaxies(labels, groups)
     share = next(f for d in (20, 100, 10**4) if (f := Fraction(valid_pct).limit_denominator(d)))
     k = min(share.denominator, counts.max(), len(np.unique(groups)))
@@ -251,6 +254,8 @@ def k_folds(
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     most = min(_check_galaxies(labels, groups).max(), len(np.unique(groups)))
+    check_whole(k, 'k', 2)
+    check_whole(seed, 'seed', 0)
     if not 2 <= k <= most: raise GalaxyDataError(f'k is {k}; these galaxies allow 2 to {most} folds: no more than groups on the sky, or galaxies in the largest class.')
     fold = _deal(labels, groups, k, seed)
     return [_train_valid(labels, fold == f) for f in range(k)]
@@ -306,6 +311,8 @@ def leak_report(
 # %% ../../nbs/13_data.sky.ipynb #24a8d1a3
 def _far_side(column, name, above, below, values):
     "Which rows of a column are on the far side"
+    for side, border in (('above', above), ('below', below)):
+        if border is not None: check_number(border, side, above=-np.inf)
     if (above is None and below is None) == (values is None): raise GalaxyDataError('say which galaxies to hold out: either above= or below= a number, or both, or values=.')
     empty = np.flatnonzero(column.isna())
     if len(empty): raise GalaxyDataError(f'column {name!r} is empty in {len(empty)} rows (the first is row {empty[0]}); such galaxies belong on neither side: leave them out before the split.')
@@ -356,6 +363,8 @@ def label_subsets(
 )->dict: # From each number to its rows, sorted
     "Nested subsets with the same number of each class; raises `GalaxyDataError` where a class has too few"
     labels, sizes = np.asarray(labels), np.atleast_1d(per_class).tolist()
+    for s in sizes: check_whole(s, 'per_class')
+    check_whole(seed, 'seed', 0)
     rows = np.arange(len(labels)) if rows is None else row_numbers(rows, len(labels))
     drawn = pd.Series(np.random.default_rng(seed).permutation(np.sort(rows)))
     by_class = drawn.groupby(labels[drawn])

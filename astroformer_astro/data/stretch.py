@@ -244,13 +244,13 @@ def lupton_stretch(
 )->Stretch:
     "The `lupton` stretch in the parameters of Lupton et al. (2004) and astropy's `make_lupton_rgb`"
     for name, v in (('stretch', stretch), ('q', q)):
-        if not v > 0: raise GalaxyDataError(f'{name} is {v}; it must be above 0.')
+        if not _numbers(v, name)[0] > 0: raise GalaxyDataError(f'{name} is {v}; it must be above 0.')
     a = 1/sinh(10*asinh(q/10))
     return Stretch('lupton', a=a, low=minimum, high=np.add(minimum, stretch/(q*a)))
 
 # %% ../../nbs/10_data.stretch.ipynb #a18eaff2
 def _fit(s, images, rows, percent, pixels, seed):
-    if not 50 < percent <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
+    if not 50 < _numbers(percent, 'percent')[0] <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
     flux = _sample(images, rows, pixels, seed)
     sky, sigma = _sky(flux)
     flux = flux[np.isfinite(flux).all(-1)] - sky
