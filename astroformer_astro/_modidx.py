@@ -853,6 +853,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images._rows_of': ( 'data.images.html#_rows_of',
                                                                                            'astroformer_astro/data/images.py'),
+                                               'astroformer_astro.data.images._short': ( 'data.images.html#_short',
+                                                                                         'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images._wrong_labels': ( 'data.images.html#_wrong_labels',
                                                                                                 'astroformer_astro/data/images.py'),
                                                'astroformer_astro.data.images._wrong_numbers': ( 'data.images.html#_wrong_numbers',

@@ -20,7 +20,7 @@ from ..core import GalaxyDataError, best_device, short_name
 from .augment import GalaxyAugment, GalaxyTransform
 from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import file_rows, read_hdf5
-from .images import GalaxySet, PictureReader, _listed, _named, _plain, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
+from .images import GalaxySet, PictureReader, _listed, _named, _plain, _short, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
 from PIL import Image
 from .sky import _arcsec_said, cutout_separation, duplicates, joined_groups, row_numbers, row_splitter, same_pixels, sky_groups, split_galaxies
 from .stretch import Stretch
@@ -196,17 +196,18 @@ def _rows(rows, name, n):
     return rows
 
 # %% ../../nbs/15_data.block.ipynb #a5d87941
-def _check_settings(bs=64, valid_pct=.2, seed=42, separation=None, num_workers=0, augment=None, y='label', **_):
+def _check_settings(bs=64, valid_pct=.2, seed=42, separation=None, num_workers=0, augment=None, y='label', stats=None, **_):
     "Raise `GalaxyDataError` for a setting of the loaders that makes no sense"
     check_whole(bs, 'bs')
     check_number(valid_pct, 'valid_pct', 'the share to hold out,', most=.5)
     check_whole(seed, 'seed', 0)
     check_whole(num_workers, 'num_workers', 0)
     if separation is not None and np.ndim(separation) == 0: check_number(separation, 'separation', 'arcsec, or None,', above=-1e-9)
+    if stats is not None and not (isinstance(stats, (list, tuple)) and len(stats) == 2): raise GalaxyDataError(f'stats is {_short(stats)}; give the mean and the deviation of each band.')
     names = [y] if isinstance(y, str) else y
-    if not isinstance(names, (list, tuple)) or not all(isinstance(c, str) for c in names): raise GalaxyDataError(f'y is {y!r}; give the name of a column, or a list of columns with votes.')
+    if not isinstance(names, (list, tuple)) or not all(isinstance(c, str) for c in names): raise GalaxyDataError(f'y is {_short(y)}; give the name of a column, or a list of columns with votes.')
     if isinstance(augment, type) and not issubclass(augment, Transform) or not all(map(callable, L(augment))):
-        raise GalaxyDataError(f'augment is {augment!r}; give transforms, a function that makes them, or None for none.')
+        raise GalaxyDataError(f'augment is {_short(augment)}; give transforms, a function that makes them, or None for none.')
 
 # %% ../../nbs/15_data.block.ipynb #acf0d599
 def _apart(galaxies, separation):
@@ -259,7 +260,7 @@ class _GalaxyLoaders(_KnownGalaxies):
         y='label', # Column with the classes in rows of other catalogues; or columns of the catalogue with votes, one for each class
     ):
         "Split without leaks, measure the statistics, and build the loaders"
-        _check_settings(bs, valid_pct, seed, separation, num_workers, augment, y)
+        _check_settings(bs, valid_pct, seed, separation, num_workers, augment, y, stats)
         if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))         # as a packed survey has it
         position = position_columns(galaxies.catalog)
         groups, separation, why, copies = _groups(galaxies, position, separation)
@@ -267,7 +268,7 @@ class _GalaxyLoaders(_KnownGalaxies):
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
         notes = (*_twice(galaxies.catalog.label, position, copies), *(() if position else _overlooked(galaxies.catalog)))
         for note in notes: warnings.warn(note, stacklevel=3)
-        stats = stats or _statistics(galaxies, train)
+        stats = _statistics(galaxies, train) if stats is None else stats
         block, labels, targets = _labels(galaxies, y)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
                            get_x=CutoutReader(galaxies), get_y=LabelReader(labels, y, galaxies.classes), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])

@@ -496,12 +496,12 @@ def align_bands(
 # %% ../../nbs/12_data.fits.ipynb #441f70f1
 def _read_files(paths, bands, **kwargs):
     "`FitsImage`s of one file, a list of files, or `{band: file}`"
+    if not isinstance(paths, (str, Path, list, tuple, dict)): raise GalaxyDataError(f'the files to read are {paths!r}; give a path, a list of paths, or {{band: path}}')
+    if not paths: raise GalaxyDataError('there is no file to read; give one, or one for each band')
     if isinstance(paths, dict):
         other = {b: _names_of(p, 1)[0] in paths.keys() - {b} for b, p in paths.items()}       # the name of the file says that of another band
         return [_only(_read_file(Path(p), (b,), sure=not other[b], **kwargs), b, p) for b, p in paths.items()]
-    if not isinstance(paths, (str, Path, list, tuple)): raise GalaxyDataError(f'the files to read are {paths!r}; give a path, a list of paths, or {{band: path}}')
     paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    if not paths: raise GalaxyDataError('there is no file to read; give one, or one for each band')
     each = [(b,) for b in bands] if len(paths) == len(bands) else [bands]*len(paths)
     return [im for p, wanted in zip(paths, each) for im in _read_file(p, wanted, **kwargs)]
 

@@ -218,7 +218,7 @@ def check_columns(
 ):
     "Raise `GalaxyDataError` unless all `columns` are there"
     for c in columns:
-        if not isinstance(c, (str, int)): raise GalaxyDataError(f'a column of {source} is called {c!r}; give a name.')
+        if not isinstance(c, (str, int)): raise GalaxyDataError(f'a column of {source} is called {_short(c)}; give a name.')
         if c not in df: raise GalaxyDataError(f"{source} has no column {c!r}; it has {', '.join(map(repr, df.columns))}.")
 
 # %% ../../nbs/10_data.images.ipynb #ad010810
@@ -231,6 +231,9 @@ def bar(
     return progress_bar(steps, total=total, leave=False) if show else steps
 
 # %% ../../nbs/10_data.images.ipynb #34f28f07
+def _short(value): # What was given, in one line
+    return ' '.join(repr(value).split())[:60]
+
 def check_whole(
     value, # What was given
     name:str, # How the call names it
@@ -238,7 +241,7 @@ def check_whole(
 ):
     "Raise `GalaxyDataError` unless a setting is a whole number"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise GalaxyDataError(f'{name} is {value!r}; give a whole number from {least} on.')
+        raise GalaxyDataError(f'{name} is {_short(value)}; give a whole number from {least} on.')
 
 def check_number(
     value, # What was given
@@ -249,7 +252,7 @@ def check_number(
 ):
     "Raise `GalaxyDataError` unless a setting is a number"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)) or not above < value <= most:
-        raise GalaxyDataError(f"{name} is {value!r}; give {what} above {above:g}{f' and up to {most:g}' if most < inf else ''}.")
+        raise GalaxyDataError(f"{name} is {_short(value)}; give {what} above {above:g}{f' and up to {most:g}' if most < inf else ''}.")
 
 # %% ../../nbs/10_data.images.ipynb #842a6cd3
 class PictureReader:
@@ -289,12 +292,12 @@ def open_catalog(
     *columns, # Names that must be there
 )->tuple: # The `DataFrame`, how messages call it, and the folder
     "A catalogue, looked over before its files are"
-    if bad not in ('raise', 'skip'): raise GalaxyDataError(f"bad is {bad!r}; give 'raise' or 'skip'.")
+    if not isinstance(bad, str) or bad not in ('raise', 'skip'): raise GalaxyDataError(f"bad is {_short(bad)}; give 'raise' or 'skip'.")
     df, given = read_table(table), not isinstance(table, (str, Path))
     name = 'the table' if given else str(table)
     check_columns(df, *columns, source=name)
     folder = images if images is not None else '.' if given else Path(table).parent
-    if not isinstance(folder, (str, Path)): raise GalaxyDataError(f'images is {images!r}; give the path of the folder that the file names start from.')
+    if not isinstance(folder, (str, Path)): raise GalaxyDataError(f'images is {_short(images)}; give the path of the folder that the file names start from.')
     if not len(df): raise GalaxyDataError(f'{name} has no rows; give at least one galaxy of two classes each.')
     return df, name, Path(folder)
 
@@ -401,7 +404,7 @@ def usable_rows(df, names, classes, problems, bad, name):
 def with_position(df, ra, dec, name):
     "The catalogue with the columns named for the position as `ra` and `dec`; as it is where none are named"
     if ra is None and dec is None: return df
-    if ra is None or dec is None: raise GalaxyDataError(f"ra is {ra!r} and dec is {dec!r}; name both columns, or neither.")
+    if ra is None or dec is None: raise GalaxyDataError(f"ra is {_short(ra)} and dec is {_short(dec)}; name both columns, or neither.")
     check_columns(df, ra, dec, source=name)
     return df.assign(ra=df[ra], dec=df[dec])
 
