@@ -626,6 +626,7 @@ class _FitsSettings:
         if self.invalid not in ('fill', 'channel', 'refuse'): raise GalaxyDataError(f"invalid is {self.invalid!r}; give 'fill', 'channel' or 'refuse'.")
         object.__setattr__(self, 'centre', tuple(self.centre))
         check_whole(self.size, 'size')
+        object.__setattr__(self, 'size', int(self.size))          # JSON holds no number of numpy's
         _check_flux(self.unit, self.zeropoint)
         if self.pxscale is not None: check_number(self.pxscale, 'pxscale', 'arcsec per pixel')
         if self.max_masked: check_number(self.max_masked, 'max_masked', 'a share', most=1)
