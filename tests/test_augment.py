@@ -1,15 +1,16 @@
 """What must hold of every augmentation, whatever it draws."""
 import math
 
-import pytest, torch
+import numpy as np, pandas as pd, pytest, torch
+from astropy.io import fits
 from hypothesis import given, settings, strategies as st
 
-from astroformer_astro.core import seed_everything
+from astroformer_astro.core import GalaxyDataError, seed_everything
 from astroformer_astro.data.augment import (BandDropout, BandGain, Cutout, GalaxyAugment, Seeing, SkyLevel, SkyNoise, affine, blur, border_sky,
                                             dihedral, resample)
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.data.tensor import TensorGalaxy
-from astroformer_astro.synth import synth_galaxy10
+from astroformer_astro.synth import synth_fits, synth_galaxy10
 
 everything = dict(GalaxyAugment=GalaxyAugment, jitter=lambda: GalaxyAugment(jitter=2.), redshift=lambda: GalaxyAugment(redshift=(.05, .3), seeing=1.3),
                   Seeing=lambda: Seeing(2.), BandGain=BandGain, SkyLevel=lambda: SkyLevel(.1, .2), SkyNoise=lambda: SkyNoise(.1, gain=50.),
@@ -111,3 +112,18 @@ def test_a_seed_repeats_augmented_batches_whatever_the_workers(tmp_path, workers
     for (a, ya), (b, yb) in zip(batches(0), batches(workers), strict=True):
         assert torch.equal(a, b) and torch.equal(ya, yb)
         assert torch.equal(a.pxscale, b.pxscale)
+
+
+def test_a_depth_means_the_same_noise_in_every_unit(tmp_path):
+    rows = pd.read_csv(synth_fits(tmp_path, n=12, size=32, seed=0, balance='uniform'))
+    def load(**settings):
+        return GalaxyDataLoaders.from_fits(rows, tmp_path, size=32, augment=lambda: [SkyNoise(depth=20., p=1)], bs=4, settings=settings, progress=False, device='cpu')
+    def noise(dls):
+        "Relative to the brightest pixel of the first galaxy"
+        t, = (f for f in dls.train.after_batch.fs if isinstance(f, SkyNoise))
+        return float(t.most(torch.zeros(1), torch.tensor([dls.catalog.pxscale[0]])))/float(dls.galaxies.images[0].max())
+    plain = noise(load())
+    assert noise(load(unit='uJy')) == pytest.approx(plain, rel=1e-4) == noise(load(unit='MJy/sr'))
+    for f in rows.file: fits.setval(tmp_path/f, 'BUNIT', value='adu')
+    with pytest.raises(GalaxyDataError, match="unit of these galaxies is 'counts'; read them with zeropoint="): load(checksum=False)
+    assert np.isfinite(noise(load(checksum=False, zeropoint=25.)))

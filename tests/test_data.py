@@ -3,8 +3,9 @@ import pickle
 
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import h5py, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from astropy.table import Table
 from fastai.learner import load_learner
 from hypothesis import given, settings, strategies as st
 
@@ -12,9 +13,10 @@ from astroformer_astro.core import GalaxyDataError, seed_everything
 from astroformer_astro.data.augment import GalaxyAugment, dihedral
 from astroformer_astro.data.block import CutoutReader, GalaxyDataLoaders
 from astroformer_astro.data.tensor import TensorGalaxy
-from astroformer_astro.data.hdf5 import read_hdf5
+from astroformer_astro.data import block, fits as data_fits, images
+from astroformer_astro.data.hdf5 import pack, read_hdf5
 from astroformer_astro.learner import astroformer_learner
-from astroformer_astro.synth import synth_galaxy10
+from astroformer_astro.synth import synth_fits, synth_galaxy10
 
 
 @pytest.fixture(scope='module')
@@ -89,3 +91,65 @@ def test_an_exported_learner_predicts_and_holds_no_galaxies(tmp_path):
     assert list(again.dls.classes) == list(dls.classes) and again.dls.size == 64
     weights = sum(p.numel()*4 for p in learn.model.parameters())
     assert (tmp_path/'learn.pkl').stat().st_size < 1.5*weights + 1e6 < dls.galaxies.images.nbytes + weights
+
+
+def test_a_packed_survey_of_flux_reads_files_like_its_own(tmp_path):
+    table = pd.read_csv(synth_fits(tmp_path, n=20, size=32, seed=0, balance='uniform'))
+    dls = GalaxyDataLoaders.from_fits(table, images=tmp_path, size=32, progress=False, device='cpu')
+    packed = GalaxyDataLoaders.from_hdf5(pack(dls.galaxies, tmp_path/'packed.h5', progress=False), size=32, progress=False, device='cpu')
+    assert packed.galaxies.unit == dls.galaxies.unit == 'nanomaggies' and packed.galaxies.reader.bands == dls.galaxies.bands
+    new, = packed.test_dl([tmp_path/table.file[3]]).one_batch()
+    assert torch.allclose(new, packed.test_dl([3]).one_batch()[0], atol=1e-5)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path/'a.jpg')
+    with pytest.raises(GalaxyDataError, match='a.jpg is not a FITS file'): packed.test_dl([tmp_path/'a.jpg']).one_batch()
+    again = GalaxyDataLoaders.from_hdf5(pack(packed.galaxies, tmp_path/'again.h5', progress=False), size=32, progress=False, device='cpu')
+    assert again.galaxies.reader == packed.galaxies.reader
+
+
+def test_a_file_that_is_listed_twice_is_not_on_both_sides(tmp_path, capsys):
+    table = pictures(tmp_path, label=['a', 'b']*20)
+    table = pd.concat([table, table[:10].assign(label='a')], ignore_index=True)
+    with pytest.warns(UserWarning, match=r'10 rows have the very pixels of another \(rows 0 and 40, for one\), and 5 images have two labels'):
+        dls = GalaxyDataLoaders.from_catalog(table, tmp_path, size=32, progress=False, device='cpu')
+    train, valid = (set(table.file[list(d.items)]) for d in (dls.train_ds, dls.valid_ds))
+    assert not train & valid and dls.groups[0] == dls.groups[40]
+    dls.summary()
+    assert '40 groups kept whole: galaxies with the same pixels, the largest of 2; no positions on the sky are known' in capsys.readouterr().out
+    placed = GalaxyDataLoaders.from_catalog(table.assign(ra=np.arange(50.), dec=0.), tmp_path, size=32, progress=False, device='cpu')
+    assert placed.groups[0] == placed.groups[40] != placed.groups[1]
+
+
+def test_an_own_file_is_not_called_by_the_names_of_galaxy10(tmp_path):
+    with h5py.File(tmp_path/'own.h5', 'w') as f:
+        f['images'], f['ans'] = np.random.default_rng(0).integers(0, 255, (20, 32, 32, 3), np.uint8), np.arange(20) % 2
+    with pytest.warns(UserWarning, match='labels 0 to 1 and no names for them'): assert read_hdf5(tmp_path/'own.h5', 32, progress=False).classes == ('0', '1')
+    assert read_hdf5(tmp_path/'own.h5', 32, 'disc, bulge', progress=False).classes == ('disc', 'bulge')
+
+
+@pytest.mark.parametrize('wrong, words', [(dict(y='kind'), "no column 'kind'"), (dict(classes=['a']), "its class 'b' is not among those given"), (dict(valid=[50]), 'row 50 was named'),
+                                          (dict(valid=[1, 1]), 'more than once'), (dict(bs=0), 'bs is 0'), (dict(valid_pct=2), 'valid_pct is 2'), (dict(seed='a'), "seed is 'a'"),
+                                          (dict(augment=False), 'augment is False'), (dict(size='48'), "size is '48'"), (dict(ra='lon'), 'name both columns')])
+@pytest.mark.parametrize('way', ['from_catalog', 'from_fits'])
+def test_a_slip_in_the_call_is_said_before_files_are_read(way, wrong, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, 'read_image', None), monkeypatch.setattr(data_fits, 'read_fits', None)
+    table = pd.DataFrame(dict(file=[f'{i}.png' for i in range(40)], label=['a', 'b']*20))
+    with pytest.raises(GalaxyDataError, match=words): getattr(GalaxyDataLoaders, way)(table, tmp_path, **wrong, progress=False)
+
+
+def test_rows_with_numbers_that_are_none_can_be_left_out(tmp_path):
+    table = pictures(tmp_path, label=['a', 'b']*20, right=[f'{i}.5' for i in range(40)], north=0., pxscale=.4).astype(object)
+    table.loc[3, 'right'], table.loc[4, 'north'], table.loc[5, 'pxscale'], table.loc[6, 'right'], table.loc[7, 'label'] = 'east', 91, 'fine', np.nan, np.nan
+    table.to_csv(tmp_path/'t.csv', index=False)
+    load = lambda **kwargs: GalaxyDataLoaders.from_catalog(tmp_path/'t.csv', size=32, progress=False, device='cpu', ra='right', dec='north', **kwargs)
+    with pytest.raises(GalaxyDataError, match="4 of 40 rows .*row 3: ra is 'east', expected decimal degrees from 0 to 360"): load()
+    dls = load(bad='skip')
+    assert dls.galaxies.skipped.row.tolist() == [3, 4, 5, 7] and len(dls.catalog) == 36 and dls.catalog.ra.iloc[:2].tolist() == [.5, 1.5] and dls.catalog.pxscale.dtype == float
+
+
+@pytest.mark.parametrize('kind', ['fits', 'ecsv', 'vot', 'parquet'])
+def test_catalogues_of_many_formats(kind, tmp_path):
+    table = pictures(tmp_path, label=['a', 'b']*20, RA_deg=np.arange(40.), DEC_deg=0.)
+    if kind == 'parquet': table.to_parquet(tmp_path/'t.parquet')
+    else: Table.from_pandas(table).write(tmp_path/f't.{kind}', **dict(format='votable') if kind == 'vot' else {})
+    dls = GalaxyDataLoaders.from_catalog(tmp_path/f't.{kind}', size=32, progress=False, device='cpu')
+    assert dls.classes == ('a', 'b') and dls.catalog.file.tolist() == table.file.tolist() and len(set(dls.groups)) == 40 and dls.separation == 60

@@ -36,6 +36,7 @@ def quiet():
 
 
 scales = {'gzbcnn': .262, 'temp_small': .262, 'NGC2893': .262, 'Plate': .396, 'cutout-HSC': .168, 'Cut_HSC': .168, 'Cut_HST': .03, 'abell': .06, 'gband': .263, 'rband': .263}
+masked = {'bad_pix': .4949, '132_g': .1211, 'PGC0000218': .0475, 'Plate0270': .1016, 'Plate0276': .0117}
 bands = {'decals': 'grz', 'NGC2893': 'g', 'Plate': 'r', 'cutout-HSC': 'i', 'Cut_HSC': '12345', 'gband': 'g', 'rband': 'r', '_g.': 'g', '_r.': 'r', '_i.': 'i'}
 
 
@@ -52,7 +53,7 @@ def test_real_files_load_or_say_why_not(path, quiet, capfd):
         if part in path.name: assert image.pxscale == pytest.approx(px, rel=.005)
     for part, names in bands.items():
         if part in str(path): assert ''.join(image.bands) == names
-    assert image.masked == pytest.approx(.4949 if 'bad_pix' in path.name else .1211 if '132_g' in path.name else .1016 if 'Plate0270' in path.name else image.masked, abs=1e-3)
+    assert image.masked == pytest.approx(next((v for name, v in masked.items() if name in path.name), 0), abs=1e-3)
     assert capfd.readouterr() == ('', '')
 
 

@@ -223,3 +223,9 @@ def test_real_cubes():
             np.testing.assert_allclose(Stretch(name)(torch.from_numpy(c)).numpy(), Stretch(name)(c), rtol=0, atol=2e-6)
     sky, core = Stretch().fit(middle.transpose(0, 2, 3, 1))(middle), slice(60, 68)
     assert np.median(sky) < .2 and (sky[:, :, core, core].mean((2, 3)).max(1) > 3*np.median(sky)).all()
+
+
+def test_large_whole_numbers_keep_their_digits():
+    counts = (2**30 + np.random.default_rng(0).integers(0, 4000, (2, 3, 16, 16))).astype(np.int32)
+    for s in Stretch(), Stretch('lupton', low=2**30, high=2**30 + 4000), Stretch('log', interval='zscale'):
+        assert np.allclose(s(torch.tensor(counts)), s(counts), atol=1e-6)

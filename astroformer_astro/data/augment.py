@@ -12,6 +12,8 @@ import numpy as np, torch
 import torch.nn.functional as F
 from astropy.cosmology import Planck18
 from ..core import GalaxyDataError
+from .fits import is_surface, nanomaggies_in
+from .images import check_number
 from .tensor import TensorGalaxy
 from fastai.vision.data import DisplayedTransform
 
@@ -114,6 +116,7 @@ class GalaxyTransform(DisplayedTransform):
     split_idx, p, pxscale = 0, 1., None
     in_arcsec = False              # whether the pixel scale is needed
     flux, mask = True, False       # what the loaders know of their galaxies: flux or pictures, and whether the last band marks missing pixels
+    unit = 'nanomaggies'           # and the unit of flux
     def encodes(self, x:TensorGalaxy):
         chosen, scale, y = _chosen(x, self.p), getattr(x, 'pxscale', None), x.as_subclass(torch.Tensor).clone()
         bands = y[:, :-1] if self.mask else y
@@ -123,6 +126,7 @@ class GalaxyTransform(DisplayedTransform):
     def know(self, galaxies): # A `GalaxySet`
         "Learn what galaxies will come; raises `GalaxyDataError` where they lack a pixel scale that is needed"
         self.flux, self.mask = galaxies.stretch is not None, galaxies.bands[-1:] == ('mask',)
+        self.unit = galaxies.unit or self.unit
         unknown = galaxies.catalog.pxscale.isna() if 'pxscale' in galaxies.catalog else np.ones(len(galaxies), bool)
         if self.in_arcsec and self.pxscale is None and unknown.any():
             raise GalaxyDataError(f'{type(self).__name__} works in arcsec and the pixel scale of {unknown.sum()} galaxies is not known (row {np.argmax(unknown)} is the first); give the catalogue a column pxscale, or pxscale= to {type(self).__name__}.')
@@ -144,6 +148,16 @@ def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
 def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
     return 2*torch.rand(len(x), *shape, device=x.device) - 1
 
+def _check_strengths(t, **settings):
+    "Set the settings of a transform; raises `GalaxyDataError` for one that is no number from 0 on, or a share `p` above 1"
+    for name, v in settings.items():
+        if v is not None and v != 0 or isinstance(v, (bool, str)): check_number(v, f'{name} of {type(t).__name__}', most=1 if name == 'p' else math.inf)
+        setattr(t, name, v)
+
+def _in_disc(x): # Draws from the disc of radius 1, all its parts alike, `B x 2`
+    r, turn = torch.rand(len(x), device=x.device).sqrt(), math.pi*_uniform(x)
+    return torch.stack([r*turn.cos(), r*turn.sin()], -1)
+
 # %% ../../nbs/14_data.augment.ipynb #29af7751
 class GalaxyAugment(GalaxyTransform):
     "A random orientation for every galaxy; for a share `p` also any angle, a shift, a zoom and a larger redshift, in one resampling"
@@ -151,14 +165,15 @@ class GalaxyAugment(GalaxyTransform):
     def __init__(self,
         p:float=.75, # Share of galaxies that are resampled; the others are turned and flipped exactly
         angle:float=180, # Largest turn, degrees
-        shift:float=.06, # Largest shift, as a fraction of half the side
+        shift:float=.06, # Largest shift, in any direction, as a fraction of half the side
         zoom:float=.1, # Largest relative change of size, at the same surface brightness
-        jitter:float=None, # Largest error of the centroid, arcsec; in place of `shift`
+        jitter:float=None, # Largest error of the centroid, the radius of a disc in arcsec; in place of `shift`
         redshift:tuple=None, # Redshift of the survey, and the largest to move its galaxies to; for flux
         seeing:float=0, # PSF FWHM, arcsec, which a galaxy further away is still seen through
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
-        self.p, self.angle, self.shift, self.zoom, self.jitter, self.redshift, self.seeing, self.pxscale = p, angle, shift, zoom, jitter, redshift, seeing, pxscale
+        _check_strengths(self, p=p, angle=angle, shift=shift, zoom=zoom, jitter=jitter, seeing=seeing, pxscale=pxscale)
+        self.redshift = redshift
         self.in_arcsec = jitter is not None or bool(seeing)
         if redshift: self.distances = torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, 65))), dtype=torch.float32)
 
@@ -174,7 +189,7 @@ class GalaxyAugment(GalaxyTransform):
         x, mask = (x[:, :-1], x[:, -1:]) if self.mask else (x, None)
         x, size, sky = self._recede(x, scale) if self.redshift else (x, 1., None)
         shift = self.shift if self.jitter is None else (2*self.jitter/x.shape[-1]/scale)[:,None]
-        matrix = affine(math.radians(self.angle)*_uniform(x), (self.zoom*_uniform(x)).exp()*size, shift*_uniform(x, 2))
+        matrix = affine(math.radians(self.angle)*_uniform(x), (self.zoom*_uniform(x)).exp()*size, shift*_in_disc(x))
         y = resample(x, matrix, sky)
         return y if mask is None else torch.cat([y, (resample(mask, matrix) > .5).to(y.dtype)], 1)
 
@@ -194,7 +209,7 @@ class Seeing(GalaxyTransform):
         fwhm:float, # Largest FWHM of the Gaussian, arcsec; seeing of 1.2 becomes 2 under one of 1.6, as widths add in quadrature
         p:float=.5, # Share of galaxies
         pxscale:float=None, # arcsec/px; by default that of each galaxy
-    ): self.fwhm, self.p, self.pxscale = fwhm, p, pxscale
+    ): _check_strengths(self, fwhm=fwhm, p=p, pxscale=pxscale)
     def change(self, x, scale): return blur(x, self.fwhm/self.arcsec(x, scale)*torch.rand(len(x), device=x.device))
 
 # %% ../../nbs/14_data.augment.ipynb #2064cfea
@@ -204,7 +219,7 @@ class BandGain(GalaxyTransform):
     def __init__(self,
         mag:float=.05, # Largest error, magnitudes
         p:float=1., # Share of galaxies
-    ): self.mag, self.p = mag, p
+    ): _check_strengths(self, mag=mag, p=p)
     def change(self, x, scale): return x*10**(.4*self.mag*_uniform(x, x.shape[1], 1, 1))
 
 # %% ../../nbs/14_data.augment.ipynb #ff4013c5
@@ -215,7 +230,7 @@ class SkyLevel(GalaxyTransform):
         level:float, # Largest offset, in the unit of the image
         gradient:float=0, # Largest difference between opposite edges, in the unit of the image
         p:float=.5, # Share of galaxies
-    ): self.level, self.gradient, self.p = level, gradient, p
+    ): _check_strengths(self, level=level, gradient=gradient, p=p)
     def change(self, x, scale):
         down, across = (torch.linspace(-.5, .5, n, device=x.device) for n in x.shape[-2:])
         turn, steep = math.pi*_uniform(x, 1, 1, 1), self.gradient*_uniform(x, x.shape[1], 1, 1)
@@ -227,7 +242,7 @@ class SkyNoise(GalaxyTransform):
     order = 60
     def __init__(self,
         sigma:float=None, # Largest sky noise to add, in the unit of the image; or else
-        depth:float=None, # AB magnitude of a star at five sigma in the shallowest exposure; flux in nanomaggies
+        depth:float=None, # AB magnitude of a star at five sigma in the shallowest exposure; for flux in a unit with a zero point, as nanomaggies or uJy
         now:float=math.inf, # Depth that the images have
         fwhm:float=1.3, # PSF FWHM, arcsec, for the depth
         gain:float=None, # Photo-electrons per unit of the image; `None` for no Poisson noise
@@ -235,15 +250,25 @@ class SkyNoise(GalaxyTransform):
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
         if (sigma is None) == (depth is None): raise GalaxyDataError('noise is given either as sigma, in the unit of the image, or as a depth in magnitudes.')
+        _check_strengths(self, sigma=sigma, depth=depth, now=now, fwhm=fwhm, gain=gain, p=p, pxscale=pxscale)
         if depth is not None and depth >= now: raise GalaxyDataError(f'images of depth {now} cannot be made as deep as {depth}; give a brighter magnitude.')
-        self.sigma, self.depth, self.now, self.fwhm, self.gain, self.p, self.pxscale = sigma, depth, now, fwhm, gain, p, pxscale
         self.in_arcsec = depth is not None
 
     def most(self, x, scale): # Largest noise to add, `B`
         if self.depth is None: return torch.full((len(x),), self.sigma, device=x.device)
-        if not self.flux: raise GalaxyDataError('a depth in magnitudes needs flux in nanomaggies, and these galaxies are pictures; give SkyNoise a sigma on their scale of 0 to 1.')
-        target, now = (depth_to_sigma(d, self.fwhm, self.arcsec(x, scale)) for d in (self.depth, self.now))
-        return (target**2 - now**2).sqrt()
+        scale = self.arcsec(x, scale)
+        target, now = (depth_to_sigma(d, self.fwhm, scale) for d in (self.depth, self.now))
+        return (target**2 - now**2).sqrt()/self.unit_in_nanomaggies(scale)
+
+    def know(self, galaxies): # A `GalaxySet`
+        super().know(galaxies)
+        if self.depth is not None: self.unit_in_nanomaggies(1.)         # or training would stop at its first batch
+
+    def unit_in_nanomaggies(self, scale): # Nanomaggies per pixel of `scale` arcsec in one unit of the images
+        if not self.flux: raise GalaxyDataError('a depth in magnitudes needs flux, and these galaxies are pictures; give SkyNoise a sigma on their scale of 0 to 1.')
+        if (factor := nanomaggies_in(self.unit, 1.)) is None:
+            raise GalaxyDataError(f"a depth in magnitudes needs flux with a zero point, and the unit of these galaxies is {self.unit!r}; read them with zeropoint=, or give SkyNoise a sigma in their unit.")
+        return factor*scale**2 if is_surface(self.unit) else factor
 
     def change(self, x, scale): return add_noise(x, self.most(x, scale)*torch.rand(len(x), device=x.device), self.gain)
 
@@ -253,7 +278,7 @@ class BandDropout(GalaxyTransform):
     order = 70
     def __init__(self,
         p:float=.1, # Share of galaxies
-    ): self.p = p
+    ): _check_strengths(self, p=p)
     def change(self, x, scale):
         if x.shape[1] == 1: raise GalaxyDataError('galaxies of one band are nothing without it; leave out BandDropout.')
         lost = torch.randint(x.shape[1], (len(x), 1, 1, 1), device=x.device)
@@ -266,7 +291,7 @@ class Cutout(GalaxyTransform):
     def __init__(self,
         side:float=.5, # Side of the square as a share of the image's
         p:float=.5, # Share of galaxies
-    ): self.side, self.p = side, p
+    ): _check_strengths(self, side=side, p=p)
     def change(self, x, scale):
         down, across = (_away(torch.linspace(0, 1, n, device=x.device), torch.rand(len(x), 1, device=x.device)) for n in x.shape[-2:])
         return x*((down[:,None,:,None] > self.side/2) | (across[:,None,None,:] > self.side/2))

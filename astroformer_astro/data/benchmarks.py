@@ -22,7 +22,7 @@ from ..core import GalaxyDataError, atomic_path, galaxy10_classes, galaxy10_coun
 from .augment import affine, dihedral, resample
 from .block import GalaxyDataLoaders
 from .hdf5 import check_layout, read_hdf5
-from .images import GalaxySet, bar, pixel_store, to_cutout
+from .images import GalaxySet, bar, check_whole, pixel_store, to_cutout
 from .tensor import TensorGalaxy
 from fastai.vision.data import DisplayedTransform
 
@@ -269,6 +269,7 @@ def read_benchmark(
 )->GalaxySet: # Photographs have the column `split`: `train` or `valid`
     "A benchmark as a survey; raises `GalaxyDataError` unless it is what was published"
     b = _benchmark(name)
+    if size is not None: check_whole(size, 'size')
     size = size or b.size
     if b.name.startswith('cifar'): return _read_cifar(b, folder, size, progress)
     if b.name == 'tiny_imagenet': return _read_tiny(b, folder, size, progress)

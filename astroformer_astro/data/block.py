@@ -7,7 +7,7 @@ __all__ = ['CutoutReader', 'LabelReader', 'vote_shares', 'TensorVotes', 'VotesBl
            'GalaxyDataLoaders']
 
 # %% ../../nbs/15_data.block.ipynb #41c61927
-import inspect, warnings
+import inspect, re, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from fastcore.meta import delegates
 from ..core import GalaxyDataError, best_device, short_name
 from .augment import GalaxyAugment, GalaxyTransform
 from .fits import FitsReader, fit_stretch, read_fits_catalog
-from .hdf5 import read_hdf5
-from .images import GalaxySet, PictureReader, _named, _plain, check_columns, open_catalog, read_catalog, to_cutout
+from .hdf5 import file_rows, read_hdf5
+from .images import GalaxySet, PictureReader, _listed, _named, _plain, _short, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
 from PIL import Image
-from .sky import _arcsec_said, cutout_separation, duplicates, position_columns, row_numbers, row_splitter, sky_groups, split_galaxies
+from .sky import _arcsec_said, cutout_separation, duplicates, joined_groups, row_numbers, row_splitter, same_pixels, sky_groups, split_galaxies
 from .stretch import Stretch
 from .tensor import Standardize, StretchFlux, TensorGalaxy, _grid, band_statistics, collate, dispatch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -87,7 +87,7 @@ def vote_shares(
 def _votes_table(table, images, y, bad, classes):
     "The table with `label`, the class of most votes; the class names; and `{row: problem}`"
     df, name, folder = open_catalog(table, images, bad, *y)
-    names = tuple(classes.split(',') if isinstance(classes, str) else classes or y)
+    names = _listed(y if classes is None else classes)
     if len(set(y)) < max(2, len(y)) or len(names) != len(y): raise GalaxyDataError(f'{len(y)} columns of votes ({", ".join(y)}) and {len(names)} classes are given; give two columns or more, each once, and a class for each.')
     shares, problems = vote_shares(df, y)
     if problems and (bad != 'skip' or len(problems) == len(df)):
@@ -187,11 +187,27 @@ def _statistics(galaxies, rows):
     return mean, std
 
 def _rows(rows, name, n):
-    given = row_numbers(list(rows), n)
+    if not np.iterable(rows) or isinstance(rows, (str, dict)): raise GalaxyDataError(f'{name} is {rows!r}; give row numbers, or a mask of all rows.')
+    try: given = row_numbers(list(rows), n)
+    except ValueError as e: raise GalaxyDataError(f'{name}: {e}') from None
     rows = np.unique(given)
     if len(rows) < len(given): raise GalaxyDataError(f'{name} names {len(given) - len(rows)} rows more than once; give each once.')
     if not len(rows): raise GalaxyDataError(f'{name} is empty; it must name rows from 0 to {n-1}.')
     return rows
+
+# %% ../../nbs/15_data.block.ipynb #a5d87941
+def _check_settings(bs=64, valid_pct=.2, seed=42, separation=None, num_workers=0, augment=None, y='label', stats=None, **_):
+    "Raise `GalaxyDataError` for a setting of the loaders that makes no sense"
+    check_whole(bs, 'bs')
+    check_number(valid_pct, 'valid_pct', 'the share to hold out,', most=.5)
+    check_whole(seed, 'seed', 0)
+    check_whole(num_workers, 'num_workers', 0)
+    if separation is not None and np.ndim(separation) == 0: check_number(separation, 'separation', 'arcsec, or None,', above=-1e-9)
+    if stats is not None and not (isinstance(stats, (list, tuple)) and len(stats) == 2): raise GalaxyDataError(f'stats is {_short(stats)}; give the mean and the deviation of each band.')
+    names = [y] if isinstance(y, str) else y
+    if not isinstance(names, (list, tuple)) or not all(isinstance(c, str) for c in names): raise GalaxyDataError(f'y is {_short(y)}; give the name of a column, or a list of columns with votes.')
+    if isinstance(augment, type) and not issubclass(augment, Transform) or not all(map(callable, L(augment))):
+        raise GalaxyDataError(f'augment is {_short(augment)}; give transforms, a function that makes them, or None for none.')
 
 # %% ../../nbs/15_data.block.ipynb #acf0d599
 def _apart(galaxies, separation):
@@ -200,25 +216,28 @@ def _apart(galaxies, separation):
     own = cutout_separation(galaxies)
     return own, 'the diagonals of their cut-outs, 60 at least' if np.ndim(own) else 'no pixel scale is known'
 
+_nowhere = 'no positions on the sky are known, so that galaxies may share some across the split (a catalogue has ra and dec, or ra= and dec= name them)'
+
 def _sky_said(groups, separation, why, train, valid):
-    if groups is None: return ', without positions on the sky'
-    near = f'closer than {_arcsec_said(separation)} ({why})'
+    if groups is None: return f'; {_nowhere}'
+    near = f'closer than {_arcsec_said(separation)} ({why})' if why else 'with the same pixels'
     if torn := _torn(groups, train, valid): return f', {torn} of them in one group on the sky with one that is trained on: galaxies {near}'
-    return f', {len(set(groups))} groups on the sky kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
+    whole = f', {len(set(groups))} groups{" on the sky" if why else ""} kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
+    return whole if why else f'{whole}; {_nowhere}'
 
 # %% ../../nbs/15_data.block.ipynb #b3be0c17
 class _KnownGalaxies(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
-    def _know(self, galaxies, groups, separation, why, stats):
+    def _know(self, galaxies, groups, separation, why, stats, notes):
         self.galaxies, self.catalog, self.classes, self.source = galaxies, galaxies.catalog, galaxies.classes, galaxies.source
-        self.groups, self.separation, self.why, self.size = groups, separation, why, galaxies.images.shape[1]
+        self.groups, self.separation, self.why, self.notes, self.size = groups, separation, why, notes, galaxies.images.shape[1]
         self.stats = tuple(np.asarray(s).tolist() for s in stats)
         return self
 
     def summary(self):
         "Print what was read, how it was split, and what a batch is"
         x, (train, valid) = self.one_batch()[0], (list(d.items) for d in (self.train_ds, self.valid_ds))
-        print(self.galaxies.summary())
+        print('\n  '.join([self.galaxies.summary(), *self.notes]))
         print(f'{len(train)} to train on, {len(valid)} to validate on' + _sky_said(self.groups, self.separation, self.why, train, valid))
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
 
@@ -241,19 +260,21 @@ class _GalaxyLoaders(_KnownGalaxies):
         y='label', # Column with the classes in rows of other catalogues; or columns of the catalogue with votes, one for each class
     ):
         "Split without leaks, measure the statistics, and build the loaders"
+        _check_settings(bs, valid_pct, seed, separation, num_workers, augment, y, stats)
+        if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))         # as a packed survey has it
         position = position_columns(galaxies.catalog)
-        separation, why = _apart(galaxies, separation)
-        groups = sky_groups(*position, separation) if position else None
+        groups, separation, why, copies = _groups(galaxies, position, separation)
         with _after_skipping(galaxies): train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
         if galaxies.fitted: galaxies = replace(galaxies, stretch=fit_stretch(Stretch(), galaxies.images, galaxies.bands, train), fitted=False)
-        _tell_conflicts(galaxies.catalog, position)
-        stats = stats or _statistics(galaxies, train)
+        notes = (*_twice(galaxies.catalog.label, position, copies), *(() if position else _overlooked(galaxies.catalog)))
+        for note in notes: warnings.warn(note, stacklevel=3)
+        stats = _statistics(galaxies, train) if stats is None else stats
         block, labels, targets = _labels(galaxies, y)
         dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
                            get_x=CutoutReader(galaxies), get_y=LabelReader(labels, y, galaxies.classes), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
         dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=best_device(device), create_batch=collate, dl_type=_RowsDL)
         for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, targets)
-        made = cls(*dls.loaders, device=dls.device)._know(galaxies, groups, separation, why, stats)
+        made = cls(*dls.loaders, device=dls.device)._know(galaxies, groups, separation, why, stats, notes)
         made.y = y
         return made
 
@@ -278,10 +299,31 @@ def _after_skipping(galaxies):
         raise GalaxyDataError(f'{left} of {left + len(galaxies)} rows were left out (most often: {galaxies.skipped.problem.value_counts().index[0]}), and of the rest: {e}') from None
 
 # %% ../../nbs/15_data.block.ipynb #dc388dca
-def _tell_conflicts(catalog, position):
-    if position and (n := int(duplicates(*position, labels=catalog.label).conflict.sum())):
-        warnings.warn(f'{n} pairs of rows are one object under two labels; duplicates() lists them.', stacklevel=4)
+def _groups(galaxies, position, separation):
+    "The group of each galaxy, by the sky and by equal pixels, `None` where nothing links any; the separation, and why; and which images are the same"
+    copies = same_pixels(galaxies.images) if np.any(separation != 0) else np.arange(len(galaxies))
+    separation, why = _apart(galaxies, separation)
+    if position: return joined_groups(sky_groups(*position, separation), copies), separation, why, copies
+    return copies if copies.max() + 1 < len(galaxies) else None, separation, '', copies
 
+def _twice(labels, position, copies):
+    "What there is to say of objects that are there twice, by position under two labels or by their pixels"
+    conflicts = int(duplicates(*position, labels=labels).conflict.sum()) if position else 0
+    if conflicts: yield f'{conflicts} pairs of rows are one object under two labels; duplicates() lists them.'
+    copies, labels = pd.Series(copies), labels.reset_index(drop=True)
+    if not (again := copies.duplicated()).any(): return
+    i = int(again.argmax())
+    torn = int((labels.groupby(copies).nunique() > 1).sum())
+    yield (f"{again.sum()} rows have the very pixels of another (rows {int(copies.eq(copies[i]).argmax())} and {i}, for one)"
+           f"{f', and {torn} images have two labels' if torn else ''}; they stay on one side of the split.")
+
+def _overlooked(catalog):
+    "What there is to say where columns look like a position that is not recognised"
+    words = set('ra dec de decl alpha delta lon lat glon glat elon elat coord coords coordinates position pos skycoord'.split())
+    like = [c for c in catalog.columns if words & set(re.split('[^a-z]+', str(c).lower()))]
+    if like: yield f"{', '.join(map(repr, like))} may hold positions, but no right ascension with its declination is recognised; name both columns with ra= and dec=."
+
+# %% ../../nbs/15_data.block.ipynb #807e7620
 def _made(augment, galaxies):
     "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
     made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
@@ -302,7 +344,7 @@ class _CardLoaders(_GalaxyLoaders):
         stretch, reader = (make.from_dict(card[k]) if card.get(k) else None for k, make in (('stretch', Stretch), ('reader', FitsReader)))
         blank = np.zeros((4, size, size, len(card['stats'][0])), np.float32 if stretch else np.uint8)
         dls = cls.from_galaxies(GalaxySet(blank, pd.DataFrame(dict(label=classes[:2]*2)), classes, 'a card', bands=bands, stretch=stretch, reader=reader),
-                                stats=card['stats'], train=[0, 1], valid=[2, 3], device=device)
+                                stats=card['stats'], train=[0, 1], valid=[2, 3], separation=0, device=device)
         dls.catalog = dls.catalog.iloc[:0]       # the blanks only hold the place: there is nothing to score or to explain
         return dls
 
@@ -327,9 +369,13 @@ class _CardLoaders(_GalaxyLoaders):
         return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
 # %% ../../nbs/15_data.block.ipynb #877abbbd
-def _check_call(cls, size, kwargs):
+def _check_call(cls, size, kwargs, rows):
+    "Raise for what is wrong in a call before its files are read; `rows()` is how many rows there are to choose from"
     inspect.signature(cls.from_galaxies).bind(None, **kwargs)
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1: raise GalaxyDataError(f'size is {size!r}; cut-outs are square, so give their side as one whole number of pixels.')
+    check_whole(size, 'size')
+    _check_settings(**kwargs)
+    for name in 'train', 'valid':
+        if kwargs.get(name) is not None: _rows(kwargs[name], name, rows())
 
 # %% ../../nbs/15_data.block.ipynb #62c4859a
 class GalaxyDataLoaders(_CardLoaders):
@@ -339,50 +385,59 @@ class GalaxyDataLoaders(_CardLoaders):
     def from_hdf5(cls,
         path, # A file in the Galaxy10 layout
         size:int=64, # Side of the cut-outs, px
-        classes=None, # Class names in the order of their numbers; Galaxy10's by default
+        classes=None, # Class names in the order of their numbers; those of the file, or Galaxy10's where there are ten, by default
+        ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+        dec:str=None, # Column with the declination, degrees
         progress:bool=True, # Show a progress bar
         **kwargs
     ):
         "From an HDF5 file; raises `GalaxyDataError` in one sentence where it cannot be used"
-        _check_call(cls, size, kwargs)
-        return cls.from_galaxies(read_hdf5(path, size, classes, progress), **kwargs)
+        _check_call(cls, size, kwargs, lambda: file_rows(path))
+        return cls.from_galaxies(read_hdf5(path, size, classes, progress, ra=ra, dec=dec), **kwargs)
 
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_catalog(cls,
-        table, # A `DataFrame`, or the path of a CSV or Parquet file
+        table, # A `DataFrame`, or a table or file as `read_table` takes it
         images=None, # Folder that the file names start from; by default that of the table
         x:str='file', # Column with the file names
         y='label', # Column with the classes; or several with votes, counts or fractions, one for each class
         size:int=64, # Side of the cut-outs, px
         bad:str='raise', # Unusable rows: `raise`, or `skip` and list them
         classes=None, # Class names in the order of their numbers; those found, sorted, or the names of the columns of votes, by default
+        ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+        dec:str=None, # Column with the declination, degrees
         progress:bool=True, # Show a progress bar
         **kwargs
     ):
         "From a table of JPEG or PNG files; raises `GalaxyDataError` naming the rows that cannot be used"
-        _check_call(cls, size, kwargs)
-        return cls.from_galaxies(_read_with_votes(read_catalog, table, images, y, bad, classes, x=x, size=size, progress=progress), y=y, **kwargs)
+        _check_call(cls, size, kwargs | dict(y=y), lambda: len(read_table(table)))
+        galaxies = _read_with_votes(read_catalog, table, images, y, bad, classes, x=x, size=size, progress=progress, ra=ra, dec=dec)
+        return cls.from_galaxies(galaxies, y=y, **kwargs)
 
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_fits(cls,
-        table, # A `DataFrame`, or the path of a CSV or Parquet file
+        table, # A `DataFrame`, or a table or file as `read_table` takes it
         images=None, # Folder that the file names start from; by default that of the table
         x='file', # Column with the files, `{band: column}`, or a pattern such as `'{name}_{band}.fits'`
         y='label', # Column with the classes; or several with votes, counts or fractions, one for each class
         size:int=64, # Side of the cut-outs, px
         bands=(), # Names of the bands, in order; those of the files, blue to red, by default
         pxscale:float=None, # arcsec/px of the cut-outs; by default all of an image is reduced to `size`
-        centre:bool=False, # Put the position in the row (`ra`, `dec`) into the middle of the cut-out
+        centre:bool=False, # Put the position in the row into the middle of the cut-out
         bad:str='raise', # Unusable rows: `raise`, or `skip` and list them
         classes=None, # Class names in the order of their numbers; those found, sorted, by default
         stretch:Stretch=None, # From flux to what the network and a person see; fitted to the galaxies by default
         settings:dict=None, # Further settings of `FitsReader`: `invalid`, `max_masked`, `ext`, `unit`, `zeropoint`, …
+        ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+        dec:str=None, # Column with the declination, degrees
         progress:bool=True, # Show a progress bar
         **kwargs
     ):
         "From a table of FITS files, in flux to the end; raises `GalaxyDataError` naming the rows that cannot be used"
-        _check_call(cls, size, kwargs)
+        _check_call(cls, size, kwargs | dict(y=y), lambda: len(read_table(table)))
+        if not isinstance(settings, (dict, type(None))): raise GalaxyDataError(f'settings is {settings!r}; give a dict of settings of FitsReader.')
         reader = FitsReader.from_dict(dict(size=size, bands=bands, pxscale=pxscale) | (settings or {}))
-        return cls.from_galaxies(_read_with_votes(read_fits_catalog, table, images, y, bad, classes, x=x, reader=reader, centre=centre, progress=progress, stretch=stretch), y=y, **kwargs)
+        galaxies = _read_with_votes(read_fits_catalog, table, images, y, bad, classes, x=x, reader=reader, centre=centre, progress=progress, stretch=stretch, ra=ra, dec=dec)
+        return cls.from_galaxies(galaxies, y=y, **kwargs)

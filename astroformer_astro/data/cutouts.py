@@ -21,7 +21,7 @@ from astropy.io import fits
 from fastcore.meta import delegates
 from PIL import Image
 from ..core import GalaxyDataError, atomic_path, require
-from .images import bar, check_columns, read_table
+from .images import bar, check_columns, check_number, check_whole, position_columns, read_table
 
 # %% ../../nbs/16_data.cutouts.ipynb #a21e6a00
 def viewer_url(
@@ -166,7 +166,8 @@ class _Visitor:
         give_up:int=5, # Objects in a row that may fail before the service is taken to be down
         max_bytes:int=None, # Largest answer taken; by default what `size` and `bands` explain
     ):
-        if min(rate, tries, give_up, timeout) <= 0: raise GalaxyDataError(f'rate is {rate}, tries {tries}, give_up {give_up} and timeout {timeout}; give numbers above 0.')
+        for what, value in dict(rate=rate, timeout=timeout).items(): check_number(value, what)
+        for what, value in dict(tries=tries, give_up=give_up).items(): check_whole(value, what)
         requests, urllib3 = require('requests', 'download'), require('urllib3', 'download')
         self.gap, self.tries, self.pause, self.timeout, self.give_up, self.max_bytes = 1/rate, tries, pause, timeout, give_up, max_bytes
         self.heard, self.unreached = False, urllib3.exceptions.NewConnectionError
@@ -259,9 +260,9 @@ def _check_request(size, bands, format, provider, base_url):
         if not good: raise GalaxyDataError(f'{found}; give {wanted}.')
     check(format in ('fits', 'jpg'), f'format is {format!r}', "'fits' or 'jpg'")
     check(provider in _providers, f'provider is {provider!r}', ' or '.join(map(repr, _providers)))
-    check(isinstance(size, (int, np.integer)) and 1 <= size <= 3000, f'size is {size}', 'a whole number from 1 to 3000: above that, services cut without a word')
+    check(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and 1 <= size <= 3000, f'size is {size}', 'a whole number from 1 to 3000: above that, services cut without a word')
     check(isinstance(bands, str) and bands and len(set(bands)) == len(bands), f'bands is {bands!r}', "a letter for each band, such as 'grz'")
-    check(base_url is None or base_url.startswith(('http://', 'https://')), f'base_url is {base_url!r}', 'an address that begins with http:// or https://')
+    check(base_url is None or str(base_url).startswith(('http://', 'https://')), f'base_url is {base_url!r}', 'an address that begins with http:// or https://')
 
 # %% ../../nbs/16_data.cutouts.ipynb #247765c6
 def _fetch(asks, store, service):
@@ -326,7 +327,7 @@ def _told(manifest, asked):
 # %% ../../nbs/16_data.cutouts.ipynb #4a328304
 @delegates(_Service)
 def fetch_cutouts(
-    table, # A `DataFrame`, or the path of a CSV or Parquet file
+    table, # A `DataFrame`, or a table or file as `read_table` takes it
     folder, # Where the files and `manifest.csv` go
     size:int=256, # Side of the cut-outs, px; 3000 at most
     pxscale=.262, # Pixel scale, arcsec/px; or the column that holds one for each object
@@ -335,8 +336,8 @@ def fetch_cutouts(
     bands:str='grz', # A letter for each
     provider:str='legacy', # `legacy`, the viewer of the Legacy Surveys, or `hips`, hips2fits of the CDS
     name:str=None, # Column to name files by; their coordinates by default
-    ra:str='ra', # Column with the right ascension, degrees
-    dec:str='dec', # Column with the declination, degrees
+    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+    dec:str=None, # Column with the declination, degrees
     cache=None, # Folder of the answers kept; by default `.cache` in `folder`
     base_url:str=None, # Another address of the service
     progress:bool=True, # Show a progress bar
@@ -346,6 +347,7 @@ def fetch_cutouts(
     df, source, folder = read_table(table), 'the table' if isinstance(table, pd.DataFrame) else str(table), Path(folder)
     _check_request(size, bands, format, provider, base_url)
     service = _Service(**kwargs)
+    ra, dec = (ra, dec) if ra or dec else [c.name for c in position_columns(df)] or ['ra', 'dec']
     given = _given(df, source, name, ra, dec, pxscale)
     bands = 'color' if (provider, format) == ('hips', 'jpg') else bands
     asks = [_providers[provider](base_url, layer, *place, size, bands, format) for place in zip(given.ra, given.dec, given.pxscale)]

@@ -27,7 +27,7 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
 from ..core import GalaxyDataError, from_settings, require
-from .images import GalaxySet, _begins, _rows_of, bar, check_columns, class_names, file_paths, open_catalog, pixel_store, read_table, unusable_rows
+from .images import GalaxySet, _begins, _rows_of, bar, check_columns, check_number, check_whole, file_paths, look_over, open_catalog, pixel_store, position_columns, read_table, usable_rows, with_position
 from .stretch import Stretch, blue_to_red, filter_pattern, microns, wavelength
 
 # %% ../../nbs/12_data.fits.ipynb #a7ca7ecb
@@ -46,6 +46,7 @@ def _band_in(text, pick=0):
 # %% ../../nbs/12_data.fits.ipynb #38c9d074
 def _band_list(bands):
     "A tuple of names"
+    if not isinstance(bands, (str, list, tuple, type(None))): raise GalaxyDataError(f"bands is {bands!r}; give names, such as 'grz' or ['F606W', 'F814W'].")
     if not isinstance(bands, str): return tuple(map(str, bands or ()))
     words = re.findall('[^ ,]+', bands)
     return tuple(words if len(words) > 1 or bands in microns or filter_pattern.match(bands) else bands)
@@ -286,8 +287,8 @@ def _zeropoint(head, rate):
 @lru_cache
 def _unit(text): return u.Unit(re.sub('n(?:ano)?-?m(?:ag)?g(?:y|ies)', 'nmgy', text, flags=re.I), parse_strict='silent')
 
-def _flux_unit(text, pxscale):
-    "Nanomaggies per pixel in a unit that astropy knows, or None"
+def nanomaggies_in(text, pxscale):
+    "Nanomaggies per pixel in a unit of flux or, where pixels have a size, of surface brightness; None for others"
     unit = _unit(text)
     area = u.dimensionless_unscaled if pxscale is None else (pxscale*u.arcsec)**2
     if isinstance(unit, u.UnrecognizedUnit) or not isinstance(unit, u.UnitBase): return None
@@ -295,10 +296,17 @@ def _flux_unit(text, pxscale):
         try: return float((1*per_pixel).to(u.nmgy, u.zero_point_flux(3631*u.Jy)).value)
         except u.UnitConversionError: pass
 
+def is_surface(text):
+    "Whether a unit is of surface brightness, so much for a piece of sky: it is averaged where flux is summed"
+    unit = _unit(text)
+    if isinstance(unit, u.UnrecognizedUnit) or not isinstance(unit, u.UnitBase): return False
+    parts = unit.decompose()
+    return dict(zip(parts.bases, parts.powers)).get(u.rad) == -2
+
 def _nanomaggies(head, pxscale, zeropoint=None):
     "Factor to nanomaggies per pixel, or None; and the name of the unit as it is"
     text = str(head.get('BUNIT') or '').strip()
-    if text and not (count := _counts.match(text)): return _flux_unit(text, pxscale), text
+    if text and not (count := _counts.match(text)): return nanomaggies_in(text, pxscale), text
     rate = not text or bool(count[2]) or text.lower() == 'cps'
     zp = _zeropoint(head, rate)
     if zp is None: zp = zeropoint
@@ -319,6 +327,9 @@ class FitsImage:
 
     @property
     def masked(self): return float(self.mask.mean()) # Share of pixels where nothing was measured
+
+    @property
+    def surface(self): return is_surface(self.unit) # Whether a pixel holds a surface brightness, not the flux of its area
 
     @property
     def centre(self): # RA and Dec of the middle, degrees, ICRS; NaN where they are not known
@@ -408,7 +419,7 @@ def _converted(image, head, unit, zeropoint):
     "The image in nanomaggies, or the flux unit wanted, where that can be done, and no holes in it"
     known = [_nanomaggies(head, image.pxscale, zeropoint.get(b) if isinstance(zeropoint, dict) else zeropoint) for b in image.bands]
     factors, image.unit = [f for f, _ in known], known[0][1]
-    wanted = 1. if unit in ('auto', 'nanomaggies') else None if unit == 'keep' else _flux_unit(unit, image.pxscale)
+    wanted = 1. if unit in ('auto', 'nanomaggies') else None if unit == 'keep' else nanomaggies_in(unit, image.pxscale)
     if wanted and None not in factors:
         image.data *= (np.array(factors)/wanted).astype(np.float32)[:, None, None]
         image.unit = 'nanomaggies' if unit == 'auto' else unit
@@ -446,7 +457,7 @@ def _regrid(image, onto):
     both = np.concatenate([image.data, image.mask])
     with _quiet(): both = bring(both, 'adaptive', conserve_flux=True)*ratio**2 if ratio < .75 else bring(both, 'interp', order='bicubic')
     data, mask = np.split(both, 2)
-    data, mask = (data/ratio**2).astype(np.float32), ~(mask < .5) | ~np.isfinite(data)
+    data, mask = (data if image.surface else data/ratio**2).astype(np.float32), ~(mask < .5) | ~np.isfinite(data)
     if mask.all(): raise GalaxyDataError(f'{image.source} and {onto.source} have no piece of sky in common; check that they show the same galaxy')
     note = f"{' '.join(image.bands)} brought to the grid of {' '.join(onto.bands)}"
     return replace(image, data=_fill(data, mask), mask=mask, wcs=onto.wcs, pxscale=onto.pxscale, notes=(*image.notes, note))
@@ -485,13 +496,18 @@ def align_bands(
 # %% ../../nbs/12_data.fits.ipynb #441f70f1
 def _read_files(paths, bands, **kwargs):
     "`FitsImage`s of one file, a list of files, or `{band: file}`"
+    if not isinstance(paths, (str, Path, list, tuple, dict)): raise GalaxyDataError(f'the files to read are {paths!r}; give a path, a list of paths, or {{band: path}}')
+    if not paths: raise GalaxyDataError('there is no file to read; give one, or one for each band')
     if isinstance(paths, dict):
         other = {b: _names_of(p, 1)[0] in paths.keys() - {b} for b, p in paths.items()}       # the name of the file says that of another band
         return [_only(_read_file(Path(p), (b,), sure=not other[b], **kwargs), b, p) for b, p in paths.items()]
     paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    if not paths: raise GalaxyDataError('there is no file to read; give one, or one for each band')
     each = [(b,) for b in bands] if len(paths) == len(bands) else [bands]*len(paths)
     return [im for p, wanted in zip(paths, each) for im in _read_file(p, wanted, **kwargs)]
+
+def _check_flux(unit, zeropoint):
+    if not isinstance(unit, str): raise GalaxyDataError(f"unit is {unit!r}; give 'auto', 'keep' or a unit such as 'nanomaggies'.")
+    for zp in zeropoint.values() if isinstance(zeropoint, dict) else [] if zeropoint is None else [zeropoint]: check_number(zp, 'zeropoint', 'an AB magnitude')
 
 def _only(images, band, path):
     "The one band of a file that was given for it"
@@ -527,6 +543,7 @@ def read_fits(
 )->FitsImage:
     "One galaxy, its bands from blue to red unless `bands` says otherwise; raises `GalaxyDataError` that names the file and its fault"
     bands = _band_list(bands)
+    _check_flux(unit, zeropoint)
     images = _read_files(paths, bands, ext=ext, unit=unit, zeropoint=zeropoint, around=around, checksum=checksum)
     image = _choose(align_bands(_numbered(images)), bands)
     if unit in ('auto', 'keep', image.unit): return image
@@ -560,8 +577,10 @@ def fits_cutout(
     ra:float=None, # Where its middle is to be, degrees; by default that of the image
     dec:float=None, # Declination, degrees
     pxscale:float=None, # arcsec per pixel; by default the image's own around a position, else what brings the largest square of the image to `size` pixels
-)->FitsImage: # `bands x size x size`; flux per pixel follows the size of the pixels, so that that of a galaxy is kept
+)->FitsImage: # `bands x size x size`; flux per pixel follows the size of the pixels, so that that of a galaxy is kept; surface brightness is averaged
     "A square of a size and pixel scale; raises `GalaxyDataError` where the image does not know its own, or does not cover the position"
+    check_whole(size, 'size')
+    if pxscale is not None: check_number(pxscale, 'pxscale', 'arcsec per pixel')
     x, y, step = _aim(image, size, ra, dec, pxscale)
     shape, side = image.data.shape[1:], size*step
     window = Cutout2D(image.mask[0], (x, y), ceil(side) + 3, mode='trim').slices_original
@@ -570,6 +589,7 @@ def fits_cutout(
     weights = [_shares(low, step, size, w.stop - w.start) for low, w in zip(lows, window)]
     data, mask = (np.stack(a) for a in zip(*(_shared(b[window], m[window], *weights, step**2) for b, m in zip(image.data, image.mask))))
     for new, bad, *old in zip(data, mask, image.data, image.mask): new[bad] = _sky_level(*old)*step**2 if bad.any() else 0
+    if image.surface: data /= step**2
     y, x = (w.start + low + size*step/2 - .5 for w, low in zip(window, lows))
     return replace(image, data=data.astype(np.float32), mask=mask, pxscale=image.pxscale and image.pxscale*step, wcs=image.wcs and _flat_wcs(image.wcs, x, y, step, size))
 
@@ -604,10 +624,12 @@ class _FitsSettings:
     def __post_init__(self):
         object.__setattr__(self, 'bands', tuple(b for b in _band_list(self.bands) if b != 'mask'))
         if self.invalid not in ('fill', 'channel', 'refuse'): raise GalaxyDataError(f"invalid is {self.invalid!r}; give 'fill', 'channel' or 'refuse'.")
-        object.__setattr__(self, 'size', int(self.size))
         object.__setattr__(self, 'centre', tuple(self.centre))
-        if self.size < 1: raise GalaxyDataError(f'size is {self.size!r}; give a number of pixels.')
-        if not (self.pxscale is None or self.pxscale > 0): raise GalaxyDataError(f'pxscale is {self.pxscale!r}; give arcsec per pixel.')
+        check_whole(self.size, 'size')
+        object.__setattr__(self, 'size', int(self.size))          # JSON holds no number of numpy's
+        _check_flux(self.unit, self.zeropoint)
+        if self.pxscale is not None: check_number(self.pxscale, 'pxscale', 'arcsec per pixel')
+        if self.max_masked: check_number(self.max_masked, 'max_masked', 'a share', most=1)
 
     def to_dict(self): # Dict that JSON can hold
         "The settings that differ from the defaults, and the size; the folder belongs to the machine and is left out"
@@ -686,6 +708,7 @@ def fits_columns(
 )->list:
     "Columns that `x` asks for"
     if isinstance(x, dict): return [*x.values()]
+    if not isinstance(x, str): raise GalaxyDataError(f"x is {x!r}; give the column with the files, {{band: column}}, or a pattern such as '{{name}}_{{band}}.fits'.")
     try: return [x] if '{' not in x else list(dict.fromkeys(f for _, f, _, _ in Formatter().parse(x) if f and f != 'band'))
     except ValueError as e: raise GalaxyDataError(f"The pattern {x!r} cannot be filled in ({e}); write it as '{{name}}_{{band}}.fits', with columns in braces.") from None
 
@@ -760,7 +783,7 @@ def _read_rows(reader, files, ra, dec, progress, bad, name):
 def _with_known(df, known):
     "The catalogue with what the files say: the pixel scale, where they have one; the share masked and the position, unless it has its own"
     found = pd.DataFrame(known, columns=['pxscale', 'masked', 'ra', 'dec'], index=df.index)
-    own = {str(c).lower() for c in df.columns}
+    own = {'ra', 'dec'} if position_columns(df) else {str(c).lower() for c in df.columns}
     if 'pxscale' in df: found['pxscale'] = found.pxscale.fillna(df.pxscale)
     new = [k for k in found if k == 'pxscale' or k not in own]
     return df.assign(**found[new].dropna(axis=1, how='all'))
@@ -780,14 +803,14 @@ def fit_stretch(
 
 # %% ../../nbs/12_data.fits.ipynb #e3d6e33a
 def read_fits_catalog(
-    table, # A `DataFrame`, or the path of a CSV or Parquet file
+    table, # A `DataFrame`, or a table or file as `read_table` takes it
     images=None, # Folder that the file names start from; by default that of the table
     x='file', # Column with the files, `{band: column}`, or a pattern such as `'{name}_{band}.fits'`
     y:str='label', # Column with the classes
     reader:FitsReader=None, # How files are read; by default a `FitsReader` with the settings below
     centre:bool=False, # Put the position in the row into the middle of the cut-out
-    ra:str='ra', # Column with the right ascension, degrees
-    dec:str='dec', # Column with the declination, degrees
+    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+    dec:str=None, # Column with the declination, degrees
     bad:str='raise', # What to do with unusable rows, and with those unlike most: `raise`, or `skip` and list them
     progress:bool=True, # Show a progress bar
     classes=None, # Class names in the order of their numbers; those found, sorted, by default
@@ -795,15 +818,21 @@ def read_fits_catalog(
     **settings, # Of a `FitsReader`: `size`, `bands`, `pxscale`, `invalid`, …
 )->GalaxySet: # Its `reader` reads new files as these were
     "A survey from a table of FITS files; raises `GalaxyDataError` naming the rows that cannot be used"
-    df, name, images = open_catalog(table, images, bad, *fits_columns(x), y, *[ra, dec]*centre)
-    if stretch is not None and not isinstance(stretch, Stretch): raise GalaxyDataError(f'stretch is {stretch!r}; give a Stretch, such as Stretch({stretch!r}), or None to have one fitted.')
-    reader = replace(reader or FitsReader.from_dict(settings), folder=str(images), x=x, centre=(ra, dec) if centre else ())
-    where = (df[ra], df[dec]) if centre else ([None]*len(df),)*2
-    pixels, settled, known, problems = _read_rows(reader, fits_paths(df, x, images, reader.bands), *where, progress, bad, name)
-    skipped = unusable_rows(df[y], problems, bad, name)
-    use = np.setdiff1d(np.arange(len(df)), skipped.row)
-    df, pixels = df.iloc[use].reset_index(drop=True), _rows_of(pixels, use) if len(skipped) else pixels
-    labels, classes = class_names(df[y], classes, name)
+    if stretch is not None and not isinstance(stretch, Stretch): raise GalaxyDataError(f'stretch is {stretch!r}; give a Stretch, such as Stretch(), or None to have one fitted.')
+    df, name, images = open_catalog(table, images, bad, *fits_columns(x), y)
+    df = with_position(df, ra, dec, name)
+    where = _centres(df, ra, dec, name) if centre else []
+    reader = replace(reader or FitsReader.from_dict(settings), folder=str(images), x=x, centre=tuple(where))
+    df, names, problems = look_over(df, y, classes, bad, name)
+    files = [None if i in problems else f for i, f in enumerate(fits_paths(df, x, images, reader.bands))]
+    pixels, settled, known, unreadable = _read_rows(reader, files, *([df[c] for c in where] or [[None]*len(df)]*2), progress, bad, name)
+    use, skipped, df, classes = usable_rows(df, names, classes, unreadable | problems, bad, name)
+    pixels = _rows_of(pixels, use) if len(skipped) else pixels
     bands = settled.bands + ('mask',)*(settled.invalid == 'channel')
-    df = _with_known(df, known[use]).assign(label=labels)
-    return GalaxySet(pixels, df, classes, name, skipped, bands, stretch or fit_stretch(Stretch(), pixels, bands), settled, fitted=stretch is None)
+    return GalaxySet(pixels, _with_known(df, known[use]), classes, name, skipped, bands, stretch or fit_stretch(Stretch(), pixels, bands), settled, fitted=stretch is None)
+
+def _centres(df, ra, dec, name):
+    "Names of the columns with the position"
+    if ra is not None: return [ra, dec]
+    if position := position_columns(df): return [c.name for c in position]
+    check_columns(df, 'ra', 'dec', source=name)

@@ -153,11 +153,14 @@ def _keep_colour(x, curve):
 # %% ../../nbs/10_data.stretch.ipynb #a7b08bcd
 def _stretch_tensor(s, flux):
     x = flux.as_subclass(torch.Tensor)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.float64 if _is_long(x) else torch.promote_types(x.dtype, torch.float32))
     low, width = _tensor_limits(s, x.detach())
     x = (x.nan_to_num(0, 0, 0) - low)/torch.where(width > 0, width, 1)
     x = _keep_colour_tensor(x, *_softening(s)) if s.name == 'lupton' else _bend(s, x.clamp(0, 1))
     return x.clamp(0, 1).as_subclass(type(flux))
+
+def _is_long(x): # whole numbers that float32 cannot hold, as counts of a detector are
+    return not x.is_floating_point() and x.dtype.itemsize > 2
 
 def _bend(s, x):
     "The curve over 0..1"
@@ -193,9 +196,9 @@ def _tensor_percentiles(x, percents):
 # %% ../../nbs/10_data.stretch.ipynb #d36279ee
 microns = dict(FUV=.153, NUV=.231, u=.355, U=.365, B=.445, g=.48, V=.551, r=.62, R=.658, VIS=.715, i=.76, I=.806, z=.9, y=.97, Y=1.02,
                 J=1.25, H=1.65, Ks=2.15, K=2.2, W1=3.4, W2=4.6, W3=12, W4=22)
-filter_pattern = re.compile(r'F(\d{3,4})(LP|[WMNX])2?$')
+filter_pattern = re.compile(r'F(\d{3,4})(LP|[WMNXC]2?)$')
 
-_jwst = set('F200W F210M F250M F277W F300M F335M F356W F360M F410M F430M F444W F460M F480M F560W F770W'.split())
+_jwst = set('F200W F210M F212N F250M F277W F300M F322W2 F323N F335M F356W F360M F380M F405N F410M F430M F444W F460M F466N F470N F480M F560W F770W'.split())
 
 def wavelength(band):
     if not (m := filter_pattern.match(band)): return microns.get(band)
@@ -241,13 +244,13 @@ def lupton_stretch(
 )->Stretch:
     "The `lupton` stretch in the parameters of Lupton et al. (2004) and astropy's `make_lupton_rgb`"
     for name, v in (('stretch', stretch), ('q', q)):
-        if not v > 0: raise GalaxyDataError(f'{name} is {v}; it must be above 0.')
+        if not _numbers(v, name)[0] > 0: raise GalaxyDataError(f'{name} is {v}; it must be above 0.')
     a = 1/sinh(10*asinh(q/10))
     return Stretch('lupton', a=a, low=minimum, high=np.add(minimum, stretch/(q*a)))
 
 # %% ../../nbs/10_data.stretch.ipynb #a18eaff2
 def _fit(s, images, rows, percent, pixels, seed):
-    if not 50 < percent <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
+    if not 50 < _numbers(percent, 'percent')[0] <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
     flux = _sample(images, rows, pixels, seed)
     sky, sigma = _sky(flux)
     flux = flux[np.isfinite(flux).all(-1)] - sky
