@@ -268,11 +268,13 @@ def plot_explanation(
     head=None, # One head of attention; the mean of all by default
     vmax=None, # Common end of the attribution's colour scale, logit a pixel
     smooth:float=1., # Gaussian sigma of the attribution for the eye, px, and once more for the contours
+    pxscale:float=None, # arcsec/px, for a scale bar
+    wcs=None, # `astropy.wcs.WCS` of the file that the picture came from, for arrows to north and east
 )->Picture:
     "Galaxy, probabilities, attribution and attention in a row; write it with `.savefig(path)`"
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(9.6 if maps else 7.9, 2.2, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
-    draw_picture(axs[0], a.image, _verdict(a))
+    draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
     draw_probabilities(axs[1], a)
     draw_heatmap(axs[2], heatmap, f'for {_label(a.target)}\n{_how(a)}', vmax)
     draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
