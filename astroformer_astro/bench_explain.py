@@ -90,6 +90,11 @@ def _chosen(learn, x, names): # Of `candidate_maps`
 def _record(table): # Numbers of four digits, methods best first
     return json.loads(table.to_json(orient='index', double_precision=4))
 
+def _completeness_said(c): return f"completeness error below 1 % at once in {c['at_once']:.0%} of {c['n']} galaxies, in the end in {c['in_the_end']:.0%}"
+
+def _speed_said(s):
+    return f"Integrated Gradients, {s['threads']} threads, weights {s['weights']}: {s['ratio']:.2f} ({s['ratio_low']:.2f} to {s['ratio_high']:.2f}) times as fast as Captum by hand"
+
 # %% ../nbs/58_bench_explain.ipynb #aa59442c
 def bench_explain(
     weights:str, # Weights as written by `train`
@@ -107,15 +112,21 @@ def bench_explain(
     relabelled:str=None, # Weights of the same training on labels that were dealt out at random
     split_seed:int=42, # As in training
     repeats:int=7, # Of each way, for the speed
-    out:str=None, # JSON file to write
+    out:str=None, # JSON file to write, after every part
 )->pd.DataFrame: # As from `rank_methods`
     "Which explanation to trust on held-out galaxies, its completeness error and its speed"
     learn, rows = held_out(weights, table, images, x, y, split_seed, n)
     chosen, deaf = _chosen(learn, read_picture(learn, rows[0]), methods), held_out(relabelled, table, images, x, y, split_seed)[0] if relabelled else None
-    ranked = explanation_benchmark(learn, rows, methods=chosen, shuffles=shuffles, relabelled=deaf, forgets=forgets, checks=checks, steps=steps, seconds=60*minutes or None)
-    missed, speed, alike = completeness(learn, rows[:forgets]), explanation_speed(learn, rows[0], repeats=repeats), method_agreement(_maps(learn, rows[:8], chosen))
-    for s in speed: print(f"Integrated Gradients, {s['threads']} threads, weights {s['weights']}: {s['ratio']:.2f} ({s['ratio_low']:.2f} to {s['ratio_high']:.2f}) times as fast as Captum by hand")
-    print(f"completeness error below 1 % at once in {missed['at_once']:.0%} of {missed['n']} galaxies, in the end in {missed['in_the_end']:.0%}")
     settings = dict(weights=Path(weights).name, table=Path(table).name, y=y, arch=arch_name(learn.model.cfg), shuffles=shuffles, forgets=forgets, checks=checks, steps=steps, split_seed=split_seed, default=default_method)
-    if out: write_json(out, dict(settings=settings, methods=_record(ranked), completeness=missed, speed=speed, agreement=_record(alike), threads=torch.get_num_threads(), torch=torch.__version__))
+    found = dict(settings=settings, threads=torch.get_num_threads(), torch=torch.__version__)
+    def keep(**more):
+        found.update(more)
+        if out: write_json(out, found)
+    ranked = explanation_benchmark(learn, rows, methods=chosen, shuffles=shuffles, relabelled=deaf, forgets=forgets, checks=checks, steps=steps, seconds=60*minutes or None)
+    keep(methods=_record(ranked))
+    keep(agreement=_record(method_agreement(_maps(learn, rows[:8], chosen))))
+    keep(completeness=completeness(learn, rows[:max(forgets, 1)]))
+    print(_completeness_said(found['completeness']))
+    keep(speed=explanation_speed(learn, rows[0], repeats=repeats))
+    print('\n'.join(map(_speed_said, found['speed'])))
     return ranked

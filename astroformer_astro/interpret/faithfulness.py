@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['control_maps', 'removal_order', 'RemovalCurve', 'removal_curve', 'centred_map', 'random_map', 'light_map',
            'map_infidelity', 'rank_correlation', 'method_agreement', 'shuffled_networks', 'picture_map',
-           'randomisation_curve', 'map_stability', 'over_orientations', 'over_noise', 'relevance_map', 'candidate_maps',
-           'map_sensitivity', 'method_scores', 'rank_methods', 'explanation_benchmark']
+           'randomisation_curve', 'map_stability', 'over_orientations', 'smoothed', 'over_noise', 'relevance_map',
+           'candidate_maps', 'map_sensitivity', 'method_scores', 'rank_methods', 'explanation_benchmark']
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #0f495845
 import copy, json, time
@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np, pandas as pd, torch
 from fastprogress import progress_bar
 from scipy.integrate import trapezoid
-from scipy.ndimage import shift as shifted
+from scipy.ndimage import gaussian_filter, shift as shifted
 from scipy.stats import rankdata
 from ..core import GalaxyDataError, atomic_path, require
 from .attention import attention_relevance, frozen
@@ -250,6 +250,13 @@ def over_orientations(
     def averaged(learn, x, target): return np.mean([explain(learn, x, target)] + [back(explain(learn, view(x), target)) for view, back in _turns()], 0)
     return averaged
 
+def smoothed(
+    explain, # `(learn, x, target)` to a map `H x W`
+    sigma:float=2., # Of the Gaussian, px
+): # The same kind of function
+    "A method's maps as the eye sees them, without what differs from pixel to pixel"
+    return lambda learn, x, target: gaussian_filter(explain(learn, x, target), sigma)
+
 def over_noise(
     explain, # `(learn, x, target)` to a map `H x W`
     n:int=8, # Noisy copies
@@ -276,7 +283,7 @@ def candidate_maps(
     "All that could be shown for this network: methods, stages, attention, and means over noise and orientations"
     maps = {m: partial(picture_map, method=m, baseline=baseline) for m in valid_methods(learn.model) if m != 'grad_cam'}
     few = partial(picture_map, method='integrated_gradients', baseline=baseline, steps=12, tolerance=np.inf)
-    maps |= {'integrated_gradients from blur': partial(picture_map, method='integrated_gradients', baseline='blur'), 'integrated_gradients over orientations': over_orientations(few),
+    maps |= {'integrated_gradients smoothed': smoothed(maps['integrated_gradients']), 'integrated_gradients from blur': partial(picture_map, method='integrated_gradients', baseline='blur'), 'integrated_gradients over orientations': over_orientations(few),
              'input_x_gradient over orientations': over_orientations(maps['input_x_gradient']), 'saliency over orientations': over_orientations(maps['saliency'])}
     if any(isinstance(getattr(m, 'attend', None), torch.nn.Module) for m in learn.model.modules()): maps['attention relevance'] = relevance_map
     if not any(isinstance(m, torch.nn.Conv2d) for m in learn.model.modules()): return maps
