@@ -6,7 +6,7 @@
 __all__ = ['held_out', 'completeness', 'explanation_speed', 'bench_explain']
 
 # %% ../nbs/58_bench_explain.ipynb #f370bbeb
-import json
+import json, sys
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
@@ -122,7 +122,7 @@ def bench_explain(
     def keep(**more):
         found.update(more)
         if out: write_json(out, found)
-    ranked = explanation_benchmark(learn, rows, methods=chosen, shuffles=shuffles, relabelled=deaf, forgets=forgets, checks=checks, steps=steps, seconds=60*minutes or None)
+    ranked = explanation_benchmark(learn, rows, methods=chosen, shuffles=shuffles, relabelled=deaf, forgets=forgets, checks=checks, steps=steps, seconds=60*minutes or None, progress=sys.stderr.isatty())
     keep(methods=_record(ranked))
     keep(agreement=_record(method_agreement(_maps(learn, rows[:8], chosen))))
     keep(completeness=completeness(learn, rows[:max(forgets, 1)]))
