@@ -14,6 +14,7 @@ from fastai.torch_core import num_distrib
 from fastcore.script import anno_parser
 from fastcore.xtras import trace
 from .bench import bench_accuracy, bench_data, bench_model, bench_transfer
+from .bench_explain import bench_explain
 from .core import GalaxyDataError, atomic_path, best_device
 from .data.cutouts import fetch_cutouts
 from .data.fits import is_fits, read_fits
@@ -147,7 +148,7 @@ def cutouts(
 
 # %% ../nbs/60_cli.ipynb #ce1a895a
 _verbs = {'synth': synth, 'train': train, 'predict': predict, 'explain': explain, 'bench accuracy': bench_accuracy, 'bench transfer': bench_transfer,
-          'bench data': bench_data, 'bench model': bench_model, 'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
+          'bench data': bench_data, 'bench model': bench_model, 'bench explain': bench_explain, 'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
 
 def _usage():
     lines = [f'  {v:15} {(Job if f is train else f).__doc__}' for v, f in _verbs.items()]

@@ -1,4 +1,5 @@
 "Attribution, attention and ablation of any network: equal to Captum by hand, within memory, and nothing left behind"
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
 from captum import attr
 from hypothesis import given, settings, strategies as st
@@ -18,6 +19,7 @@ from astroformer_astro.interpret.shape import GalaxyShape, galaxy_shape, neighbo
 from astroformer_astro.learner import astroformer_learner
 from astroformer_astro.models.astroformer import astroformer
 
+shared = Path(__file__).parents[2]/'shared'/'data'
 torch.set_num_threads(1)
 MEAN, STD = [.2, .3, .4], [.5, .4, .3]
 
@@ -121,6 +123,17 @@ def test_a_contrast_is_the_difference_of_two_maps(astro):
 
 def test_steps_rise_until_the_error_is_small(astro):
     for row in range(6): assert Explainer(astro).attribute(row, steps=5).delta < .01
+
+
+@pytest.mark.skipif(not shared.exists(), reason='the real galaxies are not here')
+def test_completeness_on_real_galaxies_after_training():
+    table = pd.read_csv(shared/'ngc_sdss'/'labels.csv').groupby('coarse4').sample(30, random_state=0).reset_index(drop=True)
+    torch.manual_seed(0)
+    learn = astroformer_learner(GalaxyDataLoaders.from_catalog(table, images=shared/'ngc_sdss', y='coarse4', bs=24, device='cpu', progress=False), 'astroformer_nano', drop_path=0., lr=5e-3)
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit_one_cycle(4)
+    maps = [Explainer(learn).attribute(i) for i in list(learn.dls.valid_ds.items)[:8]]
+    assert max(a.delta for a in maps) < .01 and max(a.pictures for a in maps) <= 50 + 100 + 200 + 400 + 8
 
 
 class Hungry(nn.Module):

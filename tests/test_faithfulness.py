@@ -80,7 +80,7 @@ def test_a_network_that_looks_at_the_corner(corner):
     table = rank_methods(scores)
     assert table.index[0] == 'integrated_gradients' and table.trusted['integrated_gradients']
     assert table.infidelity['integrated_gradients'] < 1e-4 < .3 < table.infidelity['centred Gaussian']
-    assert table.deletion['centred Gaussian'] > table.deletion['integrated_gradients'] + .02
+    assert table.deletion_1['centred Gaussian'] > table.deletion_1['integrated_gradients'] + .02
     assert set(scores.method) >= {'integrated_gradients', 'saliency', 'centred Gaussian', 'random', 'light'} and len(scores) == 4*scores.method.nunique()
     assert scores.randomised.notna().sum() == 2*(scores.method.nunique() - 3)
 

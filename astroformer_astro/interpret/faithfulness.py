@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['control_maps', 'removal_order', 'RemovalCurve', 'removal_curve', 'centred_map', 'random_map', 'light_map',
            'map_infidelity', 'rank_correlation', 'method_agreement', 'shuffled_networks', 'picture_map',
-           'randomisation_curve', 'map_stability', 'map_sensitivity', 'method_scores', 'rank_methods',
-           'explanation_benchmark']
+           'randomisation_curve', 'map_stability', 'over_orientations', 'smoothed', 'over_noise', 'relevance_map',
+           'candidate_maps', 'map_sensitivity', 'method_scores', 'rank_methods', 'explanation_benchmark']
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #0f495845
 import copy, json, time
@@ -16,11 +16,14 @@ from functools import partial
 import numpy as np, pandas as pd, torch
 from fastprogress import progress_bar
 from scipy.integrate import trapezoid
-from scipy.ndimage import shift as shifted
+from scipy.ndimage import gaussian_filter, shift as shifted
 from scipy.stats import rankdata
 from ..core import GalaxyDataError, atomic_path, require
-from .attention import frozen
-from .attribution import Explainer, attribution_baselines, attribution_methods, picture_logits, read_picture, valid_methods
+from .attention import attention_relevance, frozen
+from .attribution import (_enlarged, _standardise, attribution_baselines, attribution_methods, default_method, network_stages, picture_logits,
+                                                     read_picture, valid_methods)
+from ..models.astroformer import Astroformer
+from ..models.inference import for_inference
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #e37e55c3
 def _squares(values, side): # Means over squares of `side` px
@@ -177,12 +180,13 @@ def picture_map(
     learn, # A fastai `Learner` of images
     x:torch.Tensor, # `C x H x W` on a scale of 0 to 1
     target:int, # Number of the class
-    method:str='integrated_gradients', # A key of `attribution_methods`
+    method:str=default_method, # A key of `attribution_methods`
     baseline:str='sky', # A key of `attribution_baselines`
+    **how, # What else the method takes: `steps`, `stage`, `window`, …
 )->np.ndarray: # `H x W`, signed
     "Map of one method for a picture that is in nobody's catalogue"
     start = attribution_baselines[baseline](x)[None]
-    with frozen(learn.model): values, _ = attribution_methods[method](partial(picture_logits, learn), x[None], start, target)
+    with frozen(learn.model): values, _ = attribution_methods[method](partial(picture_logits, learn), x[None], start, target, **how)
     return values[0].sum(0).cpu().numpy()
 
 def _methods(chosen, baseline): # Name to function `(learn, x, target) -> H x W`
@@ -238,6 +242,54 @@ def map_stability(
     here, views = explain(x, target), _turns() if kind == 'turn' else _moves(shifts, mode)
     return float(np.mean([rank_correlation(here, back(explain(view(x), target))) for view, back in views]))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #cb0239f5
+def over_orientations(
+    explain, # `(learn, x, target)` to a map `H x W`
+): # The same kind of function
+    "Mean of a method's maps in the eight orientations, each turned back"
+    def averaged(learn, x, target): return np.mean([explain(learn, x, target)] + [back(explain(learn, view(x), target)) for view, back in _turns()], 0)
+    return averaged
+
+def smoothed(
+    explain, # `(learn, x, target)` to a map `H x W`
+    sigma:float=2., # Of the Gaussian, px
+): # The same kind of function
+    "A method's maps as the eye sees them, without what differs from pixel to pixel"
+    return lambda learn, x, target: gaussian_filter(explain(learn, x, target), sigma)
+
+def over_noise(
+    explain, # `(learn, x, target)` to a map `H x W`
+    n:int=8, # Noisy copies
+    noise:float=.1, # Of Gaussian noise, as a share of the picture's range
+    seed:int=0, # Of the noise
+): # The same kind of function
+    "Mean of a method's maps of noisy copies"
+    def averaged(learn, x, target):
+        rng, sigma = torch.Generator().manual_seed(seed), noise*float(x.max() - x.min())
+        return np.mean([explain(learn, x + sigma*torch.randn(x.shape, generator=rng).to(x), target) for _ in range(n)], 0)
+    return averaged
+
+# %% ../../nbs/42_interpret.faithfulness.ipynb #379abdb8
+def relevance_map(learn, x, target):
+    "The relevance of attention for a class, each token repeated over its pixels: `H x W`"
+    values = torch.from_numpy(attention_relevance(learn.model, _standardise(learn, x[None]), target))
+    return _enlarged(values[None,None], tuple(x.shape[1:]))[0, 0].numpy()
+
+def candidate_maps(
+    learn, # A fastai `Learner` of images
+    x:torch.Tensor, # Any picture, `C x H x W`
+    baseline:str='sky', # A key of `attribution_baselines`
+)->dict: # Name to function `(learn, x, target) -> H x W`
+    "All that could be shown for this network: methods, stages, attention, and means over noise and orientations"
+    maps = {m: partial(picture_map, method=m, baseline=baseline) for m in valid_methods(learn.model) if m != 'grad_cam'}
+    few = partial(picture_map, method='integrated_gradients', baseline=baseline, steps=12, tolerance=np.inf)
+    maps |= {'integrated_gradients smoothed': smoothed(maps['integrated_gradients']), 'integrated_gradients from blur': partial(picture_map, method='integrated_gradients', baseline='blur'), 'integrated_gradients over orientations': over_orientations(few),
+             'input_x_gradient over orientations': over_orientations(maps['input_x_gradient']), 'saliency over orientations': over_orientations(maps['saliency'])}
+    if any(isinstance(getattr(m, 'attend', None), torch.nn.Module) for m in learn.model.modules()): maps['attention relevance'] = relevance_map
+    if not any(isinstance(m, torch.nn.Conv2d) for m in learn.model.modules()): return maps
+    cams = {f'grad_cam of {s}': partial(picture_map, method='grad_cam', stage=s) for s in network_stages(learn.model, _standardise(learn, x[None]))}
+    return maps | cams | {f'{k} over orientations': over_orientations(f) for k, f in cams.items()}
+
 # %% ../../nbs/42_interpret.faithfulness.ipynb #9e390009
 def map_sensitivity(
     explain, # `C x H x W` and a class number to a map `H x W`
@@ -256,44 +308,61 @@ def map_sensitivity(
     return float(require('captum.metrics', 'interpret').sensitivity_max(maps, x[None], noisy, perturb_radius=radius, n_perturb_samples=n))
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #056015cf
-def _score(learn, explain, x, target, start, steps, side): # What every galaxy is asked
+def _score(learn, explain, x, target, start, steps, sides): # What every galaxy is asked
     began = time.perf_counter()
     heatmap = explain(learn, x, target)
-    seconds, logits = time.perf_counter() - began, partial(picture_logits, learn)
-    curve = lambda kind: removal_curve(lambda p: logits(p).softmax(1), x, heatmap, target, start, kind, steps, side).auc
-    return heatmap, dict(deletion=curve('deletion'), insertion=curve('insertion'), infidelity=map_infidelity(logits, x, heatmap, target, start), seconds=seconds)
+    seconds = time.perf_counter() - began
+    probability = lambda pictures: picture_logits(learn, pictures).softmax(1)
+    areas = {f'{kind}_{side}': removal_curve(probability, x, heatmap, target, start, kind, steps, side).auc for side in sides for kind in ('deletion', 'insertion')}
+    return heatmap, areas | dict(seconds=seconds)
 
-def _checks(learn, forgetful, explain, x, target, heatmap): # What a few are asked
-    other, ask = explain(forgetful, x, target), partial(explain, learn)
-    return dict(randomised=rank_correlation(heatmap, other), randomised_absolute=rank_correlation(heatmap, other, True),
+def _forgotten(explain, x, target, heatmap, others): # `others`: name to learners that have lost what the labels taught
+    maps = {k: [explain(o, x, target) for o in some] for k, some in others.items() if some}
+    alike = lambda some, absolute: np.mean([rank_correlation(heatmap, m, absolute) for m in some])
+    return {k + end: alike(some, bool(end)) for k, some in maps.items() for end in ('', '_absolute')}
+
+def _checks(learn, explain, x, target, start, heatmap): # What needs many maps or pictures
+    ask = partial(explain, learn)
+    return dict(infidelity=map_infidelity(partial(picture_logits, learn), x, heatmap, target, start),
                 turned=map_stability(ask, x, target), moved=map_stability(ask, x, target, 'shift'), sensitivity=map_sensitivity(ask, x, target))
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #9e10d475
+def _folded(learn): # Sooner, and the same to rounding
+    quick = isinstance(learn.model, Astroformer) and next(learn.model.parameters()).device.type == 'cpu'
+    return _with(learn, for_inference(learn.model)) if quick else learn
+
+def _shuffled(learn, n, seed): # Learners whose networks have forgotten everything
+    return [_folded(_with(learn, list(shuffled_networks(learn.model, seed + i))[-1][1])) for i in range(n)]
+
 def method_scores(
     learn, # A fastai `Learner` of images
     items, # Galaxies, as for `read_picture`
     methods=None, # Keys of `attribution_methods`, or a dict of name to function `(learn, x, target) -> H x W`; all of the former by default
     baseline:str='sky', # A key of `attribution_baselines`, for the methods and for what takes the place of a pixel
-    checks:int=8, # Galaxies for what needs many maps
+    checks:int=8, # Galaxies for infidelity, other views and noise, which need many maps
+    forgets:int=None, # Galaxies whose maps are asked of networks that forgot; as `checks` by default
+    shuffles:int=1, # Networks with shuffled weights
+    relabelled=None, # The same kind of learner, trained on labels that were dealt out at random
     steps:int=32, # As for `removal_curve`
-    side:int=1, # As for `removal_curve`
+    sides=(1, 4), # Squares to take away, px, as for `removal_order`
     seed:int=0, # Of shuffling and random maps
     seconds:float=None, # Take on no further galaxy after this time
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # A row for each galaxy and method
     "What the predicted class's map of each method is worth, and of each of `control_maps`; raises `GalaxyDataError` for an unknown name"
-    explainers, began, rows = _methods(methods or valid_methods(learn.model), baseline), time.perf_counter(), []
+    explainers, began, rows, forgets = _methods(methods or valid_methods(learn.model), baseline), time.perf_counter(), [], checks if forgets is None else forgets
     if not len(items): raise GalaxyDataError('no galaxies were given to judge explanations on; give some that the network was not trained on.')
-    forgetful = _with(learn, list(shuffled_networks(learn.model, seed))[-1][1])
+    quick, others = _folded(learn), dict(randomised=_shuffled(learn, shuffles, seed), relabelled=[_folded(relabelled)] if relabelled else [])
     for i, item in enumerate(progress_bar(items, display=progress)):
         if seconds and i and time.perf_counter() - began > seconds: break
         x = read_picture(learn, item)
         start, target = attribution_baselines[baseline](x), _targets(learn, [x])[0]
-        with frozen(learn.model), frozen(forgetful.model):
+        with frozen(quick.model):
             for name, explain in (explainers | _controls(baseline, seed + i)).items():
-                heatmap, found = _score(learn, explain, x, target, start, steps, side)
-                more = _checks(learn, forgetful, explain, x, target, heatmap) if i < checks and name in explainers else {}
-                rows.append(dict(galaxy=i, target=learn.dls.vocab[target], method=name) | found | more)
+                heatmap, found = _score(quick, explain, x, target, start, steps, sides)
+                if i < forgets and name in explainers: found |= _forgotten(explain, x, target, heatmap, others)
+                if i < checks: found |= _checks(quick, explain, x, target, start, heatmap)
+                rows.append(dict(galaxy=i, target=learn.dls.vocab[target], method=name) | found)
     return pd.DataFrame(rows)
 
 def _controls(baseline, seed):
@@ -307,28 +376,43 @@ def _interval(values, n, seed): # Mean, low, high
     means = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1)
     return v.mean(), *np.quantile(means, [.025, .975])
 
-_scores = 'gap', 'deletion', 'insertion', 'infidelity', 'randomised', 'randomised_absolute', 'turned', 'moved', 'sensitivity', 'seconds'
+_rivals = dict(over_hump='centred Gaussian', over_noise='random')
+
+def _compared(wide, method): # Score to its value for each galaxy
+    own = wide.xs(method, axis=1, level='method')
+    sides = [c.removeprefix('deletion') for c in own if c.startswith('deletion')]
+    gaps = {f'gap{s}': own['insertion' + s] - own['deletion' + s] for s in sides}
+    beaten = {k + s: wide['deletion' + s, rival] - own['deletion' + s] for k, rival in _rivals.items() for s in sides}
+    return dict(gap=sum(gaps.values())/len(sides)) | {c: own[c] for c in own} | beaten
 
 def rank_methods(
     scores:pd.DataFrame, # From `method_scores`
     n:int=1000, # Repetitions of the bootstrap
     seed:int=0, # Decides which galaxies they hold
-)->pd.DataFrame: # A row a method, best first: means, `_low` and `_high`, `over_hump` and `over_noise`, `trusted`
-    "Means with bootstrap 95 % intervals over the galaxies; `gap` is insertion less deletion, and `over_hump` how much less area than the centred Gaussian"
-    wide = scores.assign(gap=scores.insertion - scores.deletion).pivot(index='galaxy', columns='method')
-    rivals, rows = dict(over_hump='centred Gaussian', over_noise='random'), {}
+)->pd.DataFrame: # A row a method, best first: means, `_low` and `_high`, `over_hump_1`, `over_noise_1` and so for each size, `trusted`
+    "Means with bootstrap 95 % intervals over the galaxies; `gap` is insertion less deletion, mean over the sizes, and `over_hump` how much less area than the centred Gaussian"
+    wide, rows = scores.drop(columns='target', errors='ignore').pivot(index='galaxy', columns='method'), {}
     for m in scores.method.unique():
-        values = {c: wide[c, m] for c in _scores if c in wide} | {k: wide['deletion', r] - wide['deletion', m] for k, r in rivals.items()}
-        rows[m] = {'n': len(wide)} | {k + end: v for k, these in values.items() for end, v in zip(('', '_low', '_high'), _interval(these, n, seed))}
+        rows[m] = {'n': len(wide)} | {k + end: v for k, these in _compared(wide, m).items() for end, v in zip(('', '_low', '_high'), _interval(these, n, seed))}
     table = pd.DataFrame(rows).T.infer_objects().astype(dict(n=int))
-    table['trusted'] = (table.randomised < .3) & (table.over_hump_low > 0) & (table.over_noise_low > 0)
+    over = [c for c in table if c.startswith('over_') and c.endswith('_low')]
+    table['trusted'] = (table.randomised < .3) & (table[over] > 0).all(axis=1)
     return table.sort_values(['trusted', 'gap'], ascending=False, kind='stable').rename_axis('method')
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #f7c0846d
+def _shown(table): # The columns that decide
+    chosen = [c for c in table if c in ('n', 'gap', 'turned', 'trusted', 'seconds') or c.startswith(('deletion', 'over_hump', 'randomised', 'relabelled')) and not c.endswith(('_low', '_high'))]
+    return table[chosen].round(3).to_string()
+
+def _verdict(table, method): # On the method that is shown where none is asked for
+    if method not in table.index or table.trusted[method]: return ''
+    best = table.index[0]
+    return f'{method} fails its checks here' + (f'; {best} passes them.' if table.trusted[best] else ', and so does every other method.')
+
 def explanation_benchmark(
     learn, # A fastai `Learner` of images
     items, # Galaxies that it was not trained on, as for `read_picture`
-    default:str='integrated_gradients', # The method that is shown where none is asked for
+    default:str=default_method, # The method that is shown where none is asked for
     out=None, # JSON file to write: settings, table, and a row for each galaxy and method
     bootstrap:int=1000, # Repetitions
     **settings, # As for `method_scores`
@@ -336,11 +420,11 @@ def explanation_benchmark(
     "Which method to trust for this network and these galaxies, and whether the default is among them"
     scores = method_scores(learn, items, **settings)
     table = rank_methods(scores, bootstrap, settings.get('seed', 0))
-    print(table[['n', 'gap', 'deletion', 'over_hump', 'over_hump_low', 'over_noise_low', 'randomised', 'turned', 'trusted']].round(3).to_string())
-    if default in table.index and not table.trusted[default]:
-        best = table.index[0]
-        print(f'{default} fails its checks here' + (f'; {best} passes them.' if table.trusted[best] else ', and so does every other method.'))
-    if out:
-        known = {k: v if isinstance(v, (str, int, float, type(None))) else list(v) for k, v in settings.items()}
-        with atomic_path(out) as tmp: tmp.write_text(json.dumps(dict(settings=known | dict(default=default), table=json.loads(table.to_json(orient='index')), galaxies=json.loads(scores.to_json(orient='records'))), indent=1))
+    print('\n'.join([_shown(table), _verdict(table, default)]).rstrip())
+    if out: _write_scores(out, scores, table, settings | dict(default=default))
     return table
+
+def _write_scores(out, scores, table, settings):
+    known = {k: v if isinstance(v, (str, int, float, type(None))) else list(v) for k, v in settings.items() if k != 'relabelled'}
+    content = dict(settings=known, table=json.loads(table.to_json(orient='index')), galaxies=json.loads(scores.to_json(orient='records')))
+    with atomic_path(out) as tmp: tmp.write_text(json.dumps(content, indent=1))

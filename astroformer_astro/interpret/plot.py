@@ -268,11 +268,13 @@ def plot_explanation(
     head=None, # One head of attention; the mean of all by default
     vmax=None, # Common end of the attribution's colour scale, logit a pixel
     smooth:float=1., # Gaussian sigma of the attribution for the eye, px, and once more for the contours
+    pxscale:float=None, # arcsec/px, for a scale bar
+    wcs=None, # `astropy.wcs.WCS` of the file that the picture came from, for arrows to north and east
 )->Picture:
     "Galaxy, probabilities, attribution and attention in a row; write it with `.savefig(path)`"
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(9.6 if maps else 7.9, 2.2, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
-    draw_picture(axs[0], a.image, _verdict(a))
+    draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
     draw_probabilities(axs[1], a)
     draw_heatmap(axs[2], heatmap, f'for {_label(a.target)}\n{_how(a)}', vmax)
     draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
@@ -386,14 +388,15 @@ def plot_stacks(
 # %% ../../nbs/44_interpret.plot.ipynb #528ed64d
 def plot_ranking(
     table, # From `rank_methods` or `explanation_benchmark`
+    side:int=1, # Size of the squares that were taken away, px
 )->Picture:
     "Deletion and insertion of each method with 95 % intervals, best on top; write it with `.savefig(path)`"
     fig, (ax,) = _figure(4.6, .9 + .24*len(table), 1)
     y = np.arange(len(table))
     for i, (score, marker) in enumerate((('deletion', 'o'), ('insertion', 's'))):
         for k, ok in enumerate(table.trusted):
-            row = table.iloc[k]
-            ax.errorbar(row[score], k + .12*(2*i - 1), xerr=[[row[score] - row[score + '_low']], [row[score + '_high'] - row[score]]], fmt=marker, ms=4, lw=1,
+            mean, low, high = table.iloc[k][[f'{score}_{side}', f'{score}_{side}_low', f'{score}_{side}_high']]
+            ax.errorbar(mean, k + .12*(2*i - 1), xerr=[[mean - low], [high - mean]], fmt=marker, ms=4, lw=1,
                         color=_colours[i] if ok else '.6', mfc=_colours[i] if ok else 'w', label=score if k == 0 else None)
     ax.set_yticks(y, [str(m).replace('_', ' ') for m in table.index]); ax.invert_yaxis()
     for label, ok in zip(ax.get_yticklabels(), table.trusted): label.set_fontweight('bold' if ok else 'normal')
