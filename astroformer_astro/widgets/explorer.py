@@ -50,15 +50,16 @@ def _text_figure(text):
     fig.text(.01, .5, text, va='center', fontsize=8, wrap=True)
     return fig
 
-# %% ../../nbs/51_widgets.explorer.ipynb #8ef2552d
-def _named(a): return f"{a.method.replace('_', ' ')}\n{'' if a.truth is None else f'labelled {short_name(str(a.truth))}, '}called {short_name(a.predicted)}"
+# %% ../../nbs/51_widgets.explorer.ipynb #f27179cc
+def _called(a): return short_name(a.predicted)[:22]
 
 def comparison_figure(
     answer:Answer, # With something `beside`
 )->Picture:
-    "Two galaxies, or two methods, on a common scale; each on its own where the methods have different units"
-    pair = [answer.attribution, answer.beside]
-    titles = [f'{n}\n{_named(a)}' for n, a in zip(('this one', 'the pinned one' if answer.asked.beside == 'pinned' else 'the same'), pair)]
+    "Two galaxies, or two methods, on a common scale"
+    pair = answer.attribution, answer.beside
+    if answer.asked.beside == 'pinned': titles = [f'{which}:\n{_called(a)}' for which, a in zip(('this galaxy', 'pinned galaxy'), pair)]
+    else: titles = [f"{a.method.replace('_', ' ')}\n{_called(a)}" for a in pair]
     return plot_comparison(dict(zip(titles, pair)))
 
 def attention_figure(
@@ -131,14 +132,14 @@ def _wcs(a, row):
     known = [_known(row, n) for n in ('ra', 'dec', 'pxscale')]
     return None if None in known else picture_wcs(a.image.shape[:2], *known)
 
-# %% ../../nbs/51_widgets.explorer.ipynb #9d4f956c
+# %% ../../nbs/51_widgets.explorer.ipynb #71757256
 def _classes(state, first): return [(first, '')] + [(short_name(str(c)), c) for c in state.learn.dls.vocab]
 
 def _row(*widgets): return require('ipywidgets', 'widgets').HBox(widgets, layout={'flex_flow': 'row wrap', 'align_items': 'center'})
 
 def _range(label, low, high, tell, choose): # A slider with two ends
     w = require('ipywidgets', 'widgets')
-    slider = w.FloatRangeSlider(value=(low, high), min=low, max=high, step=(high - low)/100, description=label, readout_format='.3g', continuous_update=False,
+    slider = w.FloatRangeSlider(value=(low, high), min=low, max=high, step=(high - low)/100, description=label, readout_format='.2g', continuous_update=False,
                                 style={'description_width': '80px'}, layout={'width': '330px'})
     slider.observe(guarded(tell, lambda change: choose(change['new'])), 'value')
     return slider
@@ -164,26 +165,26 @@ def filter_controls(
         sliders.append(_range(c, *ends, state.tell, partial(narrow, c, ends)))
     return _row(dropdown(state, 'label', _classes(state, 'any'), 'labelled'), dropdown(state, 'called', _classes(state, 'any'), 'called'), wrong, *sliders)
 
-# %% ../../nbs/51_widgets.explorer.ipynb #d5868eb0
+# %% ../../nbs/51_widgets.explorer.ipynb #7a5fbc7d
 def attribution_controls(
     state:ExplorerState, # Tied to every control
 ): # Widgets in a row
     "Stretch, method, class in question, contrast, baseline, stage, and what to compare with"
     methods = [(m.replace('_', ' '), m) for m in valid_methods(state.learn.model)]
     stages = attempt(lambda: state.answers.explainer.stages(state.items[0]), {}, '') or []
-    return _row(dropdown(state, 'stretch', stretches, 'stretch'), dropdown(state, 'method', methods, 'method'),
+    return _row(dropdown(state, 'stretch', stretches, 'stretch'), dropdown(state, 'method', methods, 'method', '260px'),
                 dropdown(state, 'target', _classes(state, 'as predicted'), 'speaks for'), dropdown(state, 'against', _classes(state, 'nothing'), 'and not'),
                 dropdown(state, 'baseline', [(b.replace('_', ' '), b) for b in attribution_baselines], 'baseline'), dropdown(state, 'stage', [('last', '')] + [(s, s) for s in stages], 'stage'),
-                dropdown(state, 'beside', [('nothing', ''), ('pinned galaxy', 'pinned')] + methods, 'beside'), button('pin this galaxy', state.pin, state.tell, 'compare others with this galaxy'))
+                dropdown(state, 'beside', [('nothing', ''), ('pinned galaxy', 'pinned')] + methods, 'beside', '260px'), button('pin this galaxy', state.pin, state.tell, 'compare others with this galaxy'))
 
-# %% ../../nbs/51_widgets.explorer.ipynb #51ba3973
+# %% ../../nbs/51_widgets.explorer.ipynb #ba15915c
 def attention_controls(
     state:ExplorerState, # Tied to every control; its attention must be there
 )->list: # Two dropdowns, two sliders
     "Block, head, and row and column of the query"
     w, maps = require('ipywidgets', 'widgets'), state.attention
     middle = tuple(s//2 for s in maps.size)
-    row, column = (w.IntSlider(q, 0, s - 1, description=f'from {d}', continuous_update=False, layout={'width': '260px'}) for q, s, d in zip(state.query or middle, maps.size, ('row', 'column')))
+    row, column = (w.IntSlider(q, 0, s - 1, description=f'from {d}', continuous_update=False, style={'description_width': '85px'}, layout={'width': '270px'}) for q, s, d in zip(state.query or middle, maps.size, ('row', 'column')))
     def move(change): state.query = row.value, column.value
     def follow(change):
         with row.hold_trait_notifications(), column.hold_trait_notifications(): row.value, column.value = change['new'] or middle
@@ -192,7 +193,7 @@ def attention_controls(
     heads = [('mean of all', '')] + [(str(i), i) for i in range(max(map(len, maps.maps)))]
     return [dropdown(state, 'block', [('last', -1)] + [(str(i), i) for i in range(len(maps.maps))], 'block', '160px'), dropdown(state, 'head', heads, 'head', '190px'), row, column]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #8e9cc464
+# %% ../../nbs/51_widgets.explorer.ipynb #fe65ee81
 _frames = {True: '#009E73', False: '#D55E00', None: '#ccc'}
 
 def _thumbnail(learn, item):
@@ -201,15 +202,14 @@ def _thumbnail(learn, item):
     if isinstance(item, (int, np.integer)) and galaxies is not None: picture = galaxies.picture(int(item))
     else: picture = np.uint8(255*np.clip(stretched_picture(learn, item, 'linear' if own is None else own.name), 0, 1))
     image = Image.fromarray(picture if picture.shape[-1] == 3 else picture.mean(-1).astype(np.uint8))
-    image.thumbnail((96, 96))
-    return _png(image)
+    return _png(image.resize((90, 90)))
 
 def _right(row): return None if None in (row.label, row.predicted) else row.label == row.predicted
 
-# %% ../../nbs/51_widgets.explorer.ipynb #7cddce5e
+# %% ../../nbs/51_widgets.explorer.ipynb #32917abf
 def gallery(
     state:ExplorerState, # What is shown, and which galaxy is chosen
-    size:int=12, # Galaxies on a page
+    size:int=16, # Galaxies on a page
 ): # A `VBox`
     "Thumbnails of a page of the galaxies shown, and steps from page to page"
     w, drawn = require('ipywidgets', 'widgets'), {}
@@ -227,19 +227,19 @@ def gallery(
     state.observe(fill, ['shown', 'index', 'table']); fill()
     steps = [button('fa-angle-double-left', lambda: turn(-1), state.tell, 'page before'), button('fa-chevron-left', state.previous, state.tell, 'galaxy before'),
              button('fa-chevron-right', state.next, state.tell, 'next galaxy'), button('fa-angle-double-right', lambda: turn(1), state.tell, 'next page'), where]
-    return w.VBox([w.HBox([w.VBox([p, b]) for p, b in zip(pictures, buttons)], layout={'flex_flow': 'row wrap'}), _row(*steps)])
+    return w.VBox([w.HBox([w.VBox([p, b]) for p, b in zip(pictures, buttons)], layout={'flex_flow': 'row wrap', 'max_width': '820px'}), _row(*steps)])
 
 def _fill(state, place, picture, press, drawn, chosen):
     press.layout.display = 'none' if place is None else ''
     if place is None: picture.value = b''; return
-    if place not in drawn: drawn[place] = attempt(lambda: _thumbnail(state.learn, state.items[place]), {}, '') or _png(Image.new('RGB', (96, 96), '#ddd'))
+    if place not in drawn: drawn[place] = attempt(lambda: _thumbnail(state.learn, state.items[place]), {}, '') or _png(Image.new('RGB', (90, 90), '#ddd'))
     row = state.table.loc[place]
     picture.value, picture.layout.border = drawn[place], f'3px solid {_frames[_right(row)]}'
     press.description, press.button_style = short_name(str(row.label or row.predicted or place)), 'info' if chosen else ''
     press.tooltip = ', '.join(filter(None, [row.label and f'labelled {row.label}', row.predicted and f'called {row.predicted}', row.problem]))
     while len(drawn) > 500: drawn.pop(next(iter(drawn)))
 
-# %% ../../nbs/51_widgets.explorer.ipynb #5557a53d
+# %% ../../nbs/51_widgets.explorer.ipynb #e2a495a5
 def work_line(
     state:ExplorerState, # At work or not
 ): # A row
@@ -253,9 +253,9 @@ def work_line(
         cancel.disabled = not working
         line.value = message_html(state.error) or message_html('computing …' if state.busy else state.note, error=False)
     state.observe(follow, ['busy', 'progress', 'error', 'note', 'surveying']); follow()
-    return w.HBox([bar, cancel, line], layout={'align_items': 'center'})
+    return w.HBox([cancel, bar, line], layout={'align_items': 'center'})
 
-# %% ../../nbs/51_widgets.explorer.ipynb #bff57790
+# %% ../../nbs/51_widgets.explorer.ipynb #4cd09876
 def answer_pictures(
     state:ExplorerState, # Whose answer is drawn
 ): # A `VBox`
@@ -272,7 +272,7 @@ def answer_pictures(
         for name, picture in pictures.items():
             on, make = now.get(name, (None, None))
             if drawn.get(name) == on: continue
-            try: figures[name] = make() if on else None; picture.value = to_png(figures[name]) if on else b''
+            try: figures[name] = make() if on else None; picture.value = to_png(figures[name], 110) if on else b''
             except Exception as e: picture.value = b''; state.tell(e)
             drawn[name] = on
     state.observe(draw, 'answer'); draw()
@@ -300,7 +300,7 @@ def explorer_view(
     out = _row(button('export', write, state.tell, 'write what is shown into the folder of the notebook'), kind) if export else _row()
     return w.VBox([filter_controls(state, columns), gallery(state), attribution_controls(state), work_line(state), _row(said, out), answer_pictures(state), attention, problem])
 
-# %% ../../nbs/51_widgets.explorer.ipynb #ce8fe7e6
+# %% ../../nbs/51_widgets.explorer.ipynb #16771a92
 class GalaxyExplorer(Shown):
     "Look at a learner's galaxies: a gallery, and of one of them prediction, attribution and attention"
     def __init__(self,
@@ -323,7 +323,7 @@ class GalaxyExplorer(Shown):
         self.state.wait()
         return explanation_figure(self.state.answer, _row_of(self.state))
 
-    def png(self, dpi=100):
+    def png(self, dpi=110):
         "All pictures that are shown, as one PNG"
         self.state.wait()
         pictures = [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state)).values()]
