@@ -2455,6 +2455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'astroformer_astro/widgets/state.py'),
                                                  'astroformer_astro.widgets.state._called': ( 'widgets.state.html#_called',
                                                                                               'astroformer_astro/widgets/state.py'),
+                                                 'astroformer_astro.widgets.state._called_alone': ( 'widgets.state.html#_called_alone',
+                                                                                                    'astroformer_astro/widgets/state.py'),
                                                  'astroformer_astro.widgets.state._default': ( 'widgets.state.html#_default',
                                                                                                'astroformer_astro/widgets/state.py'),
                                                  'astroformer_astro.widgets.state._members': ( 'widgets.state.html#_members',

@@ -68,7 +68,7 @@ def lab(tmp_path):
 class Watched:
     "A page in which every error on the console and every request to elsewhere is noted; the latter do not get through"
     def __init__(self, browser, address):
-        self.page, self.errors, self.outside = browser.new_page(viewport=dict(width=1300, height=2400)), [], []
+        self.page, self.errors, self.outside = browser.new_page(viewport=dict(width=1300, height=4500)), [], []
         self.page.set_default_timeout(60*seconds)
         self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
@@ -80,13 +80,13 @@ class Watched:
         route.abort()
 
     def run_all(self, address, name, last, timeout):
-        "Open a notebook, run all of it, and wait for `last` to appear"
+        "Open a notebook, run all of it, and wait for a dropdown in the cell `last`"
         self.page.goto(f'{address}/doc/tree/{name}?token=here')
         self.page.locator('.jp-Notebook .jp-Cell').first.click()
-        self.page.get_by_text('Idle', exact=False).first.wait_for()
+        self.page.get_by_text('Kernel status: Idle').first.wait_for(state='attached')
         self.page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
         self.page.get_by_text('Run All Cells', exact=True).click()
-        self.page.locator(last).first.wait_for(timeout=timeout*seconds)
+        self.page.locator('.jp-Cell').nth(last).locator('.widget-dropdown').first.wait_for(timeout=timeout*seconds)
         assert not self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count(), self.page.locator('.jp-OutputArea-output').all_inner_texts()
 
 
@@ -130,7 +130,7 @@ def test_widgets_in_a_browser(browser, lab):
     cells = [preparing, 'GalaxyExplorer(learn)', 'AugmentPreview(learn)', "Relabel(learn, 'decisions.csv')", core_alone]
     nbformat.write(new_notebook(cells=[new_code_cell(c.strip()) for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), folder/'small.ipynb')
     watched = Watched(browser, address)
-    watched.run_all(address, 'small.ipynb', '.jp-Cell:nth-child(5) .jp-OutputArea-output .widget-dropdown, .jp-Cell >> nth=4 >> .widget-dropdown', 150)
+    watched.run_all(address, 'small.ipynb', 4, 150)
     explore(Face(watched.page, 1), folder)
     augment(Face(watched.page, 2))
     relabel(Face(watched.page, 3), folder)
@@ -160,7 +160,7 @@ def explore(face, folder):
     assert (folder/'galaxy_3_saliency.png').read_bytes().startswith(b'\x89PNG')
     face.choose('beside', 'pinned galaxy')                                          # force an error
     face.says('no galaxy is pinned')
-    face.press('pin this galaxy'); face.press('')                                   # mend it: this one, beside the one before
+    face.press('pin this galaxy'); face.press('galaxy before')                                   # mend it: this one, beside the one before
     face.picture(compared).wait_for()
     face.choose('and not', 'Merging'); face.choose('stretch', 'asinh')
     face.becomes_another(upper, third)
@@ -205,11 +205,10 @@ def test_the_first_tutorial_in_a_browser(browser, lab):
     address, folder = lab
     shutil.copy(root/'nbs'/'70_tutorial.first_galaxies.ipynb', folder/'tutorial.ipynb')
     watched = Watched(browser, address)
-    watched.run_all(address, 'tutorial.ipynb', '.jp-OutputArea-output .widget-dropdown', 540)
-    upper = watched.page.locator(f'img[alt="{explained}"]')
-    upper.wait_for()
-    cell = watched.page.locator('.jp-Cell', has=upper)
-    face = Face(watched.page, watched.page.locator('.jp-Cell').evaluate_all('(all, one) => all.indexOf(one)', cell.element_handle()))
+    explorer = next(i for i, c in enumerate(nbformat.read(folder/'tutorial.ipynb', 4).cells) if c.source.startswith('GalaxyExplorer'))
+    watched.run_all(address, 'tutorial.ipynb', explorer, 540)
+    face = Face(watched.page, explorer)
+    upper = face.picture(explained)
     before = face.bytes(upper)
     face.picture('galaxy 2 of this page').click()
     face.becomes_another(upper, before)

@@ -7,12 +7,12 @@ __all__ = ['explanation_figure', 'comparison_figure', 'attention_figure', 'stack
            'export_answer', 'filter_controls', 'attribution_controls', 'attention_controls', 'gallery', 'work_line',
            'answer_pictures', 'explorer_view', 'GalaxyExplorer']
 
-# %% ../../nbs/51_widgets.explorer.ipynb #e8c7c1ab
+# %% ../../nbs/51_widgets.explorer.ipynb #d4b7dd9c
 import html, io
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import numpy as np, torch
 from PIL import Image
 from ..core import GalaxyDataError, atomic_path, require, short_name
 from ..interpret.attribution import attribution_baselines, attribution_methods, valid_methods
@@ -193,13 +193,14 @@ def attention_controls(
     heads = [('mean of all', '')] + [(str(i), i) for i in range(max(map(len, maps.maps)))]
     return [dropdown(state, 'block', [('last', -1)] + [(str(i), i) for i in range(len(maps.maps))], 'block', '160px'), dropdown(state, 'head', heads, 'head', '190px'), row, column]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #fe65ee81
+# %% ../../nbs/51_widgets.explorer.ipynb #735ce3ca
 _frames = {True: '#009E73', False: '#D55E00', None: '#ccc'}
 
 def _thumbnail(learn, item):
     galaxies = getattr(learn.dls, 'galaxies', None)
     own = getattr(galaxies, 'stretch', None)
     if isinstance(item, (int, np.integer)) and galaxies is not None: picture = galaxies.picture(int(item))
+    elif isinstance(item, torch.Tensor): picture = np.uint8(255*item.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
     else: picture = np.uint8(255*np.clip(stretched_picture(learn, item, 'linear' if own is None else own.name), 0, 1))
     image = Image.fromarray(picture if picture.shape[-1] == 3 else picture.mean(-1).astype(np.uint8))
     return _png(image.resize((90, 90)))

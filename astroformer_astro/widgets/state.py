@@ -150,7 +150,7 @@ class Answers:
         while len(self.known) > self.keep: self.known.pop(next(iter(self.known)))
         return self.known[key]
 
-# %% ../../nbs/50_widgets.state.ipynb #f83c9d97
+# %% ../../nbs/50_widgets.state.ipynb #0aa462cc
 def galaxy_table(
     learn, # A `Learner`
     items:list, # As for `read_picture`
@@ -160,7 +160,8 @@ def galaxy_table(
     catalog = pd.DataFrame(dict(label=[])) if catalog is None else catalog.reset_index(drop=True)
     known = [int(i) if isinstance(i, Integral) and 0 <= i < len(catalog) else -1 for i in items]
     table = catalog.reindex(known).reset_index(drop=True)
-    return table.assign(label=table.label.astype(object).where(table.label.notna(), None), predicted=None, confidence=np.nan, problem=None)
+    nothing = pd.Series([None]*len(table), dtype=object)
+    return table.assign(label=table.label.astype(object).where(table.label.notna(), None), predicted=nothing, confidence=np.nan, problem=nothing)
 
 def filter_columns(
     table:pd.DataFrame, # As from `galaxy_table`
@@ -170,22 +171,23 @@ def filter_columns(
     numbers = table.select_dtypes('number')
     return [c for c in numbers if c.lower() in names and np.isfinite(numbers[c]).any() and numbers[c].nunique() > 1]
 
-# %% ../../nbs/50_widgets.state.ipynb #14ce7e0a
+# %% ../../nbs/50_widgets.state.ipynb #20857785
 def _outputs(learn, items): # Probabilities, `N x classes`
-    batches = [learn.model(b[0].as_subclass(torch.Tensor)) for b in learn.dls.test_dl(items, bs=len(items), num_workers=0)]
-    activation = getattr(learn.loss_func, 'activation', lambda x: x.softmax(-1))
-    return activation(torch.cat(batches)).cpu().numpy()
+    with torch.no_grad(): logits = torch.cat([learn.model(b[0].as_subclass(torch.Tensor)) for b in learn.dls.test_dl(items, bs=len(items), num_workers=0)])
+    return getattr(learn.loss_func, 'activation', lambda x: x.softmax(-1))(logits).cpu().numpy()
 
-def _called(learn, items): # `(predicted, confidence, problem)` of each
-    try:
-        with torch.no_grad(): p = _outputs(learn, items)
-    except Exception as e:
-        if len(items) == 1: return [(None, np.nan, sentence(e))]
-        return [found for i in items for found in _called(learn, [i])]
-    return [(learn.dls.vocab[row.argmax()], float(row.max()), None) for row in p]
+def _called_alone(explainer, item): # `(predicted, confidence, problem)`
+    try: p = explainer.predict(item)
+    except Exception as e: return None, np.nan, sentence(e)
+    return p.predicted, p.probabilities[p.predicted], None
+
+def _called(explainer, items): # The same of each
+    try: p = _outputs(explainer.learn, items)
+    except Exception: return [_called_alone(explainer, i) for i in items]       # to find out which of them it was
+    return [(explainer.learn.dls.vocab[row.argmax()], float(row.max()), None) for row in p]
 
 def survey(
-    learn, # As from `snapshot`
+    explainer, # Of a `snapshot`
     items:list, # As for `read_picture`
     check=lambda: None, # Called before each batch; may raise
     progress=lambda share: None, # Called with what is done, 0 to 1
@@ -195,7 +197,7 @@ def survey(
     found = []
     for i in range(0, len(items), batch):
         check(); progress(i/len(items))
-        found += _called(learn, items[i:i+batch])
+        found += _called(explainer, items[i:i+batch])
         yield
     return found
 
@@ -333,7 +335,7 @@ def _stretch(answers, a): # The answers that are remembered stay as they are
     for name, place in dict(prediction=a.place, attribution=a.place, beside=a.asked.pinned if a.asked.beside == 'pinned' else a.place).items():
         if (known := getattr(a, name)) is not None: setattr(a, name, replace(known, image=stretched_picture(answers.explainer.learn, answers.items[place], a.asked.stretch)))
 
-# %% ../../nbs/50_widgets.state.ipynb #7141d642
+# %% ../../nbs/50_widgets.state.ipynb #6596504d
 class GalaxiesState(Choices, Speaking):
     "Filters, and the galaxies that pass them"
     shown = Tuple(help='Places in the list of items that pass the filters')
@@ -345,8 +347,8 @@ class GalaxiesState(Choices, Speaking):
     def survey(self):
         "Have the network go through all galaxies, unless it has"
         if self.surveyed or self.surveying: return
-        self.surveying, learn = True, self.answers.explainer.learn
-        self.all_work.ask(lambda check: survey(learn, self.items, check, self._advance), self._take_survey, self.tell)
+        self.surveying, explainer = True, self.answers.explainer
+        self.all_work.ask(lambda check: survey(explainer, self.items, check, self._advance), self._take_survey, self.tell)
 
     def _look_again(self): # Whether the network is another than before; then there is a new copy of it
         mark = fingerprint(self.learn)
@@ -360,7 +362,8 @@ class GalaxiesState(Choices, Speaking):
         if not 0 <= share - self.progress < .02: self.progress = share
 
     def _take_survey(self, found):
-        self.table = self.table.assign(**dict(zip(('predicted', 'confidence', 'problem'), map(list, zip(*found)))))
+        predicted, confidence, problem = zip(*found)
+        self.table = self.table.assign(predicted=pd.Series(predicted, dtype=object), confidence=confidence, problem=pd.Series(problem, dtype=object))
         self.surveyed, self.surveying, self.progress = True, False, 0.
         if self.ask_the_network: self._filter()
 
@@ -373,7 +376,7 @@ class GalaxiesState(Choices, Speaking):
         if self.index: self.index = 0
         else: self.update()
 
-# %% ../../nbs/50_widgets.state.ipynb #922795da
+# %% ../../nbs/50_widgets.state.ipynb #a24b720e
 class ExplorerState(GalaxiesState):
     "Choices, and the answer that belongs to them: set the former, read the latter"
     answer = Any(help='`Answer` to the choices')
@@ -420,8 +423,8 @@ class ExplorerState(GalaxiesState):
         self.work.ask(work, self._take, self._take_failure)
 
     def _take(self, answer):
-        self.answer = answer
         self.tell('. '.join(s.rstrip('.') for name, s in answer.problems.items() if name != 'attention'))
+        self.answer = answer         # those who draw it may have more to tell
         self.busy, self.progress = False, 0.
 
     def _take_failure(self, e): self._take(Answer(None, problems=dict(galaxy=sentence(e))))
