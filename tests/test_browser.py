@@ -69,7 +69,7 @@ class Watched:
     "A page in which every error on the console and every request to elsewhere is noted; the latter do not get through"
     def __init__(self, browser, address):
         self.page, self.errors, self.outside = browser.new_page(viewport=dict(width=1300, height=4500)), [], []
-        self.page.set_default_timeout(60*seconds)
+        self.page.set_default_timeout(30*seconds)
         self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
         self.page.on('websocket', lambda w: self.outside.append(w.url) if not w.url.startswith(address.replace('http', 'ws')) else None)
@@ -160,7 +160,7 @@ def explore(face, folder):
     assert (folder/'galaxy_3_saliency.png').read_bytes().startswith(b'\x89PNG')
     face.choose('beside', 'pinned galaxy')                                          # force an error
     face.says('no galaxy is pinned')
-    face.press('pin this galaxy'); face.press('galaxy before')                                   # mend it: this one, beside the one before
+    face.press('pin this galaxy'); face.press('‹')                                  # mend it: this one, beside the one before
     face.picture(compared).wait_for()
     face.choose('and not', 'Merging'); face.choose('stretch', 'asinh')
     face.becomes_another(upper, third)

@@ -21,7 +21,7 @@ from .parts import Shown, button, guarded, message_html, picture_widget
 from .state import Speaking
 from fasttransform import Pipeline
 
-# %% ../../nbs/52_widgets.augment.ipynb #5723a91a
+# %% ../../nbs/52_widgets.augment.ipynb #1fb73345
 @dataclass(frozen=True)
 class Strength:
     "A number that says how strong an augmentation is"
@@ -32,7 +32,7 @@ class Strength:
 
 strengths = {f'{s.make.__name__}.{s.name}': s for s in (
     Strength(GalaxyAugment, 'angle', 180., 'degrees'), Strength(GalaxyAugment, 'shift', .5, 'of half the side'), Strength(GalaxyAugment, 'jitter', 5., 'arcsec'),
-    Strength(GalaxyAugment, 'zoom', .5, 'of the size'), Strength(GalaxyAugment, 'redshift', .5, 'further away, from 0.05'), Strength(GalaxyAugment, 'seeing', 3., 'arcsec'),
+    Strength(GalaxyAugment, 'zoom', .5, 'of the size'), Strength(GalaxyAugment, 'redshift', .5, 'more, from 0.05'), Strength(GalaxyAugment, 'seeing', 3., 'arcsec'),
     Strength(Seeing, 'fwhm', 5., 'arcsec'), Strength(BandGain, 'mag', 1., 'mag'), Strength(SkyLevel, 'level', None, 'of the image'), Strength(SkyLevel, 'gradient', None, 'of the image'),
     Strength(SkyNoise, 'sigma', None, 'of the image'), Strength(BandDropout, 'p', 1., 'of the galaxies'), Strength(Cutout, 'side', 1., 'of the side'))}
 
@@ -76,14 +76,14 @@ def augmented_pictures(
         x = steps.decode(steps(collate([(galaxy,)]*n)[0])).as_subclass(torch.Tensor)
     return (x if x.is_floating_point() else x/255).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
 
-# %% ../../nbs/52_widgets.augment.ipynb #0cb8fed3
+# %% ../../nbs/52_widgets.augment.ipynb #7edae24d
 def augmented_figure(
     before:np.ndarray, # `H x W x C` on a scale of 0 to 1
     after:np.ndarray=None, # `n x H x W x C`
 )->Picture:
     "A galaxy, and what training might see of it"
     after = [] if after is None else after
-    fig = Picture(figsize=(1.3*(1 + len(after)), 1.6), layout='constrained')
+    fig = Picture(figsize=(1.3*(1 + len(after)), 1.5), layout='constrained')
     axs = fig.subplots(1, 1 + len(after), squeeze=False)
     for ax, image, title in zip(axs[0], [before, *after], ['before', 'after'] + ['']*len(after)): draw_picture(ax, image, title)
     fig.set_label('A galaxy before and after augmentation')
@@ -146,7 +146,7 @@ def _group(state, make): # The sliders of a transform, under its name
     w = require('ipywidgets', 'widgets')
     return w.VBox([w.HTML(f'<b>{make.__name__}</b>')] + [_slider(state, k) for k, s in strengths.items() if s.make is make])
 
-# %% ../../nbs/52_widgets.augment.ipynb #293f0069
+# %% ../../nbs/52_widgets.augment.ipynb #a096699a
 def augment_view(
     state:AugmentState, # What to show
 ): # An ipywidgets `VBox`
@@ -160,7 +160,7 @@ def augment_view(
         code.value = '' if state.error else f'<code>{settings_code(state.settings)}</code>'
     def say(change=None): line.value = message_html(state.error)
     state.observe(draw, 'pictures'); state.observe(say, 'error'); draw(), say()
-    steps = w.HBox([button('fa-chevron-left', state.previous, state.tell, 'galaxy before'), button('fa-chevron-right', state.next, state.tell, 'next galaxy'), button('draw again', state.redraw, state.tell)])
+    steps = w.HBox([button('‹', state.previous, state.tell, 'galaxy before'), button('›', state.next, state.tell, 'next galaxy'), button('draw again', state.redraw, state.tell)])
     makes = list(dict.fromkeys(s.make for s in strengths.values()))
     return w.VBox([w.HBox([_group(state, m) for m in makes], layout={'flex_flow': 'row wrap'}), steps, line, picture, code])
 

@@ -207,7 +207,7 @@ def _thumbnail(learn, item):
 
 def _right(row): return None if None in (row.label, row.predicted) else row.label == row.predicted
 
-# %% ../../nbs/51_widgets.explorer.ipynb #32917abf
+# %% ../../nbs/51_widgets.explorer.ipynb #fbf9d30b
 def gallery(
     state:ExplorerState, # What is shown, and which galaxy is chosen
     size:int=16, # Galaxies on a page
@@ -226,8 +226,8 @@ def gallery(
         for k in range(size): _fill(state, page[k] if k < len(page) else None, pictures[k], buttons[k], drawn, chosen=first + k == state.index)
         where.value = f'galaxy {state.index + 1} of {len(state.shown)}' if page else 'no galaxies'
     state.observe(fill, ['shown', 'index', 'table']); fill()
-    steps = [button('fa-angle-double-left', lambda: turn(-1), state.tell, 'page before'), button('fa-chevron-left', state.previous, state.tell, 'galaxy before'),
-             button('fa-chevron-right', state.next, state.tell, 'next galaxy'), button('fa-angle-double-right', lambda: turn(1), state.tell, 'next page'), where]
+    steps = [button('«', lambda: turn(-1), state.tell, 'page before'), button('‹', state.previous, state.tell, 'galaxy before'),
+             button('›', state.next, state.tell, 'next galaxy'), button('»', lambda: turn(1), state.tell, 'next page'), where]
     return w.VBox([w.HBox([w.VBox([p, b]) for p, b in zip(pictures, buttons)], layout={'flex_flow': 'row wrap', 'max_width': '820px'}), _row(*steps)])
 
 def _fill(state, place, picture, press, drawn, chosen):

@@ -33,7 +33,7 @@ def message_html(
     "A line for the user as HTML"
     return text and f'<span style="color:{"#b00020" if error else "#555"}">{html.escape(text)}</span>'
 
-# %% ../../nbs/50_widgets.parts.ipynb #8a64e792
+# %% ../../nbs/50_widgets.parts.ipynb #878a7079
 def dropdown(
     state, # Has the trait
     name:str, # Of the trait
@@ -50,7 +50,7 @@ def dropdown(
     return control
 
 def button(
-    label:str, # On it; or the name of an icon, if it begins with `fa-`
+    label:str, # On it
     do, # Called without arguments
     tell, # As for `guarded`
     tooltip:str='', # What it does
@@ -58,8 +58,7 @@ def button(
 ):
     "A button whose errors are told"
     w = require('ipywidgets', 'widgets')
-    face = dict(icon=label[3:]) if label.startswith('fa-') else dict(description=label)
-    b = w.Button(tooltip=tooltip, layout=dict(width='auto') | layout, **face)
+    b = w.Button(description=label, tooltip=tooltip, layout=dict(width='auto') | layout)
     b.on_click(guarded(tell, lambda click: do()))
     return b
 
