@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, psutil, pytest, timm, torch
 from matplotlib import pyplot as plt
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from astroformer_astro.calibration import calibrate, use_scaling
 from astroformer_astro.core import GalaxyDataError, seed_everything
@@ -360,6 +362,13 @@ def test_static_picture(learn, tmp_path):
     assert (tmp_path/'now.png').read_bytes().startswith(PNG)
     explorer.state.index = 99
     assert 'no galaxy 99' in explorer.figure().texts[0].get_text() and explorer.png().startswith(PNG)
+
+
+def test_exported_to_html_the_picture_stands_in_for_the_widgets(learn):
+    "There is no kernel, and the notebook keeps no state of widgets"
+    output = new_output('execute_result', GalaxyExplorer(learn, [0])._repr_mimebundle_())
+    page, _ = HTMLExporter().from_notebook_node(new_notebook(cells=[new_code_cell('GalaxyExplorer(learn)', outputs=[output])]))
+    assert 'data:image/png;base64,' in page and 'widget-view+json' not in page
 
 
 def test_without_anywidget_pictures_are_plain_and_buttons_do_the_same(state, monkeypatch):
