@@ -7,7 +7,7 @@ __all__ = ['explanation_figure', 'comparison_figure', 'attention_figure', 'stack
            'export_answer', 'filter_controls', 'attribution_controls', 'attention_controls', 'gallery', 'work_line',
            'answer_pictures', 'explorer_view', 'GalaxyExplorer']
 
-# %% ../../nbs/51_widgets.explorer.ipynb #d4b7dd9c
+# %% ../../nbs/51_widgets.explorer.ipynb #754249ae
 import html, io
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..interpret.attribution import attribution_baselines, attribution_methods, 
 from ..interpret.measure import picture_wcs, write_map
 from ..interpret.plot import draw_scale_bar, plot_attention, plot_comparison, plot_explanation
 from ..picture import Picture, to_png
-from .parts import Shown, button, dropdown, guarded, message_html, picture_widget, pixel_at
+from .parts import Shown, button, dropdown, guarded, message_html, picture_panels, picture_widget, pixel_at
 from .state import Answer, ExplorerState, InThread, attempt, filter_columns, stretched_picture, stretches
 
 # %% ../../nbs/51_widgets.explorer.ipynb #bcecccb3
@@ -90,7 +90,7 @@ def _png(image):
     image.save(buffer, 'png')
     return buffer.getvalue()
 
-# %% ../../nbs/51_widgets.explorer.ipynb #9348e50a
+# %% ../../nbs/51_widgets.explorer.ipynb #289eb8d2
 def viewer_link(
     row, # Of the catalogue
 )->str:
@@ -108,6 +108,7 @@ def answer_html(
     p, name = answer.prediction, lambda c: html.escape(short_name(str(c)))
     if p is None: return ''
     said = [f'called <b>{name(p.predicted)}</b>, {p.probabilities[p.predicted]:.2f}{" (calibrated)" if calibrated else ""}', '' if p.truth is None else f'labelled <b>{name(p.truth)}</b>']
+    if answer.attribution is not None and answer.attribution.against: said.append(f'map: for {name(answer.attribution.target)} and not {name(answer.attribution.against)}')
     if answer.members is not None: said.append(f"{sets.coverage:.0%} set (dots): {', '.join(map(name, answer.members)) or 'none'}")
     if (z := _known(row, 'redshift')) is not None: said.append(f'redshift {z:.3g}')
     if (url := viewer_link(row)): said.append(f'<a href="{url}" target="_blank" rel="noopener" style="color:#0072B2">Legacy viewer</a>')
@@ -193,14 +194,14 @@ def attention_controls(
     heads = [('mean of all', '')] + [(str(i), i) for i in range(max(map(len, maps.maps)))]
     return [dropdown(state, 'block', [('last', -1)] + [(str(i), i) for i in range(len(maps.maps))], 'block', '160px'), dropdown(state, 'head', heads, 'head', '190px'), row, column]
 
-# %% ../../nbs/51_widgets.explorer.ipynb #735ce3ca
+# %% ../../nbs/51_widgets.explorer.ipynb #9665a826
 _frames = {True: '#009E73', False: '#D55E00', None: '#ccc'}
 
 def _thumbnail(learn, item):
     galaxies = getattr(learn.dls, 'galaxies', None)
     own = getattr(galaxies, 'stretch', None)
     if isinstance(item, (int, np.integer)) and galaxies is not None: picture = galaxies.picture(int(item))
-    elif isinstance(item, torch.Tensor): picture = np.uint8(255*item.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+    elif isinstance(item, torch.Tensor): picture = np.uint8(255*item.nan_to_num(0).clamp(0, 1).permute(1, 2, 0).cpu().numpy())
     else: picture = np.uint8(255*np.clip(stretched_picture(learn, item, 'linear' if own is None else own.name), 0, 1))
     image = Image.fromarray(picture if picture.shape[-1] == 3 else picture.mean(-1).astype(np.uint8))
     return _png(image.resize((90, 90)))
@@ -256,14 +257,14 @@ def work_line(
     state.observe(follow, ['busy', 'progress', 'error', 'note', 'surveying']); follow()
     return w.HBox([cancel, bar, line], layout={'align_items': 'center'})
 
-# %% ../../nbs/51_widgets.explorer.ipynb #4cd09876
+# %% ../../nbs/51_widgets.explorer.ipynb #c717f4de
 def answer_pictures(
     state:ExplorerState, # Whose answer is drawn
 ): # A `VBox`
     "Explanation, comparison and attention, drawn again when what they depend on changes; a click says where the attention looks from"
-    w, drawn, figures = require('ipywidgets', 'widgets'), {}, {}
+    w, shown, kept = require('ipywidgets', 'widgets'), {}, {}
     def look(name, x, y):
-        pixel = pixel_at(figures[name], x, y)
+        pixel = pixel_at(kept[name, shown[name]][1], x, y)
         if pixel is not None and state.attention is not None: state.query = pixel
     def key(name): dict(ArrowLeft=state.previous, ArrowRight=state.next).get(name, lambda: None)()
     names = dict(explanation='galaxy, probabilities and attribution', comparison='two maps side by side', attention='where the query looks')
@@ -272,12 +273,20 @@ def answer_pictures(
         now = _drawings(state.answer, _row_of(state))
         for name, picture in pictures.items():
             on, make = now.get(name, (None, None))
-            if drawn.get(name) == on: continue
-            try: figures[name] = make() if on else None; picture.value = to_png(figures[name], 110) if on else b''
+            if shown.get(name) == on: continue
+            shown[name] = on
+            try: picture.value = _kept_png(kept, (name, on), make) if on else b''
             except Exception as e: picture.value = b''; state.tell(e)
-            drawn[name] = on
     state.observe(draw, 'answer'); draw()
     return w.VBox(list(pictures.values()))
+
+def _kept_png(kept, key, make, keep=40): # Drawn once, while it is among the last
+    if key not in kept:
+        fig = make()
+        kept[key] = to_png(fig, 110), picture_panels(fig)
+    kept[key] = kept.pop(key)
+    while len(kept) > keep: kept.pop(next(iter(kept)))
+    return kept[key][0]
 
 def _row_of(state): return {} if state.answer.place is None else state.table.loc[state.answer.place]
 

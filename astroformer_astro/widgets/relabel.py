@@ -152,12 +152,12 @@ class RelabelState(Speaking):
         for row, name in self.decisions.items(): new[row] = name or new[row]
         return table.assign(**{column: new, 'looked_at': np.isin(np.arange(len(table)), list(self.decisions))})
 
-# %% ../../nbs/53_widgets.relabel.ipynb #9421f400
+# %% ../../nbs/53_widgets.relabel.ipynb #c421c9bf
 def relabel_figure(
     state:RelabelState, # What is looked at
 )->Picture:
     "The galaxy and its probabilities"
-    fig = Picture(figsize=(6.4, 3), layout='constrained')
+    fig = Picture(figsize=(5.6, 2.5), layout='constrained')
     left, right = fig.subplots(1, 2, width_ratios=[1, .8])
     p = state.prediction
     draw_picture(left, p.image, f'labelled {short_name(p.truth)}'); draw_probabilities(right, p)
