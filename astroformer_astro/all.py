@@ -38,6 +38,8 @@ from .interpret.measure import *
 from .interpret.plot import *
 from .widgets.state import *
 from .widgets.explorer import *
+from .widgets.augment import *
+from .widgets.relabel import *
 from .report import *
 from .record import *
 from .job import *

@@ -41,7 +41,7 @@ def test_imports_point_down(module):
 
 
 @pytest.mark.parametrize('folder, banned', [('models', 'fastai'), ('models', f'{package}.data'), ('interpret', f'{package}.data'),
-                                            ('interpret', f'{package}.learner'), ('widgets', f'{package}.data')])
+                                            ('interpret', f'{package}.learner')])
 def test_what_a_folder_must_not_know(folder, banned):
     assert modules(folder)
     for module, source in modules(folder): assert not [m for m in imports(module, source) if m.startswith(banned)], module
