@@ -115,7 +115,7 @@ def test_a_seed_repeats_augmented_batches_whatever_the_workers(tmp_path, workers
 
 
 def test_a_depth_means_the_same_noise_in_every_unit(tmp_path):
-    rows = pd.read_csv(synth_fits(tmp_path, n=12, size=32, seed=0, balance='uniform'))
+    rows = pd.read_csv(synth_fits(tmp_path, n=20, size=32, seed=0, balance='uniform'))
     def load(**settings):
         return GalaxyDataLoaders.from_fits(rows, tmp_path, size=32, augment=lambda: [SkyNoise(depth=20., p=1)], bs=4, settings=settings, progress=False, device='cpu')
     def noise(dls):
