@@ -76,7 +76,7 @@ def _bench_learner(dls, arch):
     return astroformer_learner(dls, imagenet_lite0(len(dls.vocab)) if name == 'imagenet_lite0' else name, **fields)
 
 def _scores(learners, galaxies=None):
-    "Scores of the first learner on galaxies, the held-out ones by default, as they lie and over their eight orientations; and of all learners together"
+    "Scores on galaxies, the held-out ones by default: of the first learner as they lie and over their eight orientations, and of all learners together"
     found, asked = evaluate(learners[0], galaxies), dict(d4=learners[:1], ensemble=learners)
     scores = found['metrics']
     for what, some in asked.items():
@@ -94,7 +94,8 @@ def _honesty(learn, seed, coverage=.9):
     half = np.random.default_rng(seed).permutation(len(y)) % 2 == 0
     sets = dict(coverage=coverage, expected_95=coverage_range(coverage, half.sum(), (~half).sum()))
     for kind, by_class in dict(all=False, by_class=True).items():
-        held = fit_conformal(p[half], y[half], coverage, by_class=by_class)(p[~half], randomised=True, seed=seed)       # without chance they hold too many
+        fitted = fit_conformal(p[half], y[half], coverage, by_class=by_class)
+        held = fitted(p[~half], randomised=True, seed=seed)          # without chance they hold too many
         sets[kind] = coverage_table(y[~half], held, names[y[~half]]).reset_index(names='galaxies').to_dict('records')
     return dict(calibration=record, sets=sets)
 
@@ -103,7 +104,7 @@ def bench_accuracy(
     catalog:str, # CSV or Parquet table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
-    archs:str='astroformer_pico', # Networks, by commas, each a name of ours or timm's and fields like `layout=CCTT`, `strides=1/2/2/1`, `mixup=.2` or `pretrained=weights.safetensors`
+    archs:str='astroformer_pico', # Networks, by commas: names of ours or timm's, and fields such as `layout=CCTT` or `pretrained=weights.safetensors`
     seeds:int=3, # Runs of each
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
@@ -121,9 +122,11 @@ def bench_accuracy(
         learners = []
         took = _took(lambda: learners.extend(trained(arch, members*seed + k) for k in range(members)))
         parameters = sum(p.numel() for p in learners[0].model.parameters())
-        rows.append(dict(arch=arch, seed=seed, parameters=parameters, members=members) | took | _scores(learners) | _honesty(learners[0], seed))
+        run = dict(arch=arch, seed=seed, parameters=parameters, members=members)
+        rows.append(run | took | _scores(learners) | _honesty(learners[0], seed))
         _write_runs(rows, out, catalog=Path(catalog).name, epochs=epochs, size=size)
-    return _report(rows, 'arch', ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'balanced_accuracy_ensemble', 'nll', 'seconds', 'cpu_seconds'])
+    balanced = [f'balanced_accuracy{end}' for end in ('', '_d4', '_ensemble')]
+    return _report(rows, 'arch', ['accuracy', *balanced, 'nll', 'seconds', 'cpu_seconds'])
 
 # %% ../nbs/59_bench.ipynb #ad31ebb5
 def _few(labels, rows, n, seed):
@@ -153,7 +156,8 @@ def bench_transfer(
     starts = {'scratch': {}} | {Path(w.strip()).stem: dict(pretrained=w.strip(), recipe=name, **fields) for w in str(pretrained).split(',')}
     for seed, n, (start, how) in product(range(seeds), map(int, str(per_class).split(',')), starts.items()):
         seed_everything(seed)
-        few, watched = _few(galaxies.catalog.label, train, n, seed), held[::max(1, len(held)//16)]           # fastai wants a validation set; the score is taken on all that are held out
+        few = _few(galaxies.catalog.label, train, n, seed)
+        watched = held[::max(1, len(held)//16)]           # fastai wants a validation set; the score is taken on all that are held out
         dls = GalaxyDataLoaders.from_galaxies(galaxies.take(np.r_[few, watched]), valid=range(len(few), len(few) + len(watched)), bs=32)
         learn = astroformer_learner(dls, arch, steps=steps, **how)
         with learn.no_bar(), learn.no_logging(): took = _took(learn.fit_recipe)
@@ -171,7 +175,8 @@ def hostile_file(
     some, rng = synth_arrays(60, 256, seed, balance='uniform'), np.random.default_rng(seed)
     rows = np.argsort(some['ans'][np.arange(n) % 60], kind='stable') % 60          # sorted by class
     with atomic_path(path) as tmp, h5py.File(tmp, 'w') as f:
-        images = f.create_dataset('images', (n, 256, 256, 3), np.uint8, chunks=(min(n, 555), 16, 16, 1), compression='gzip', compression_opts=1)
+        storage = dict(chunks=(min(n, 555), 16, 16, 1), compression='gzip', compression_opts=1)
+        images = f.create_dataset('images', (n, 256, 256, 3), np.uint8, **storage)
         for first in range(0, n, 555):
             last = min(first + 555, n)
             noisy = (np.rot90(some['images'][rows[i]], i % 4) + rng.integers(0, 4, (256, 256, 3), np.uint8) for i in range(first, last))
@@ -195,7 +200,8 @@ _repack_alone = """
 import re, sys
 from pathlib import Path
 from astroformer_astro.data.hdf5 import repack
-peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024     # getrusage would count the parent's memory too
+# getrusage would count the parent's memory too
+peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 start = peak()
 repack(sys.argv[1], out=sys.argv[2], progress=False)
 print(start, peak())
@@ -204,18 +210,23 @@ print(start, peak())
 def _reading(folder, gigabytes):
     shipped = hostile_file(folder/'shipped.h5', max(60, int(gigabytes*1e9/(256*256*3))))
     start = time.perf_counter()
-    memory = subprocess.run([sys.executable, '-c', _repack_alone, shipped, folder/'repacked.h5'], capture_output=True, text=True, check=True).stdout
+    words = [sys.executable, '-c', _repack_alone, shipped, folder/'repacked.h5']
+    memory = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     seconds, (before, peak) = time.perf_counter() - start, map(float, memory.splitlines()[-1].split())
     pixels = read_hdf5(folder/'repacked.h5', 256, progress=False).images
     np.save(folder/'plain.npy', pixels)
     with h5py.File(shipped) as f: slow = reads_per_second(f['images'], 10)
-    again = [(reads_per_second(pixels), reads_per_second(np.load(folder/'plain.npy', mmap_mode='r'))) for _ in range(3)]     # in turns, so that a busy moment hits both
+    mapped = lambda: np.load(folder/'plain.npy', mmap_mode='r')
+    again = [(reads_per_second(pixels), reads_per_second(mapped())) for _ in range(3)]     # in turns, so that a busy moment hits both
     repacked, plain = np.median(again, axis=0)
-    return dict(gigabytes=pixels.nbytes/1e9, shipped_per_s=slow, repacked_per_s=repacked, memmap_per_s=plain, repacked_over_shipped=repacked/slow, repacked_over_memmap=repacked/plain,
+    return dict(gigabytes=pixels.nbytes/1e9, shipped_per_s=slow, repacked_per_s=repacked, memmap_per_s=plain,
+                repacked_over_shipped=repacked/slow, repacked_over_memmap=repacked/plain,
                 repack_s=seconds, repack_peak_mib=peak, of_which_imports_mib=before)
 
 # %% ../nbs/59_bench.ipynb #a11b0705
-every_augmentation = lambda: [GalaxyAugment(redshift=(.05, .1), seeing=1.3, jitter=1.), Seeing(1.5), BandGain(), SkyLevel(.02, .02), SkyNoise(.05, gain=500.), BandDropout(), Cutout()]
+def every_augmentation():
+    moved = GalaxyAugment(redshift=(.05, .1), seeing=1.3, jitter=1.)
+    return [moved, Seeing(1.5), BandGain(), SkyLevel(.02, .02), SkyNoise(.05, gain=500.), BandDropout(), Cutout()]
 
 def _epoch_seconds(learn):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -231,7 +242,8 @@ def _loading(folder, n, seed):
     path, times = synth_galaxy10(folder/'s.h5', n=n, size=64, seed=seed), {}
     for name, augment in (('default', GalaxyAugment), ('everything', every_augmentation)):
         seed_everything(seed)
-        learn = astroformer_learner(GalaxyDataLoaders.from_hdf5(path, augment=augment, progress=False), 'astroformer_nano', cbs=_TrainingTime())
+        dls = GalaxyDataLoaders.from_hdf5(path, augment=augment, progress=False)
+        learn = astroformer_learner(dls, 'astroformer_nano', cbs=_TrainingTime())
         loading, training = zip(*(_epoch_seconds(learn) for _ in range(3)))       # in turns, so that a busy moment hits both
         times |= {f'{name}_loaders_s': np.median(loading), f'{name}_training_s': np.median(training)}
         times[f'{name}_share'] = times[f'{name}_loaders_s']/times[f'{name}_training_s']
@@ -247,14 +259,16 @@ def bench_data(
     "Random reads from a hostile file before and after `repack`, against numpy.memmap; loaders against an epoch of training"
     with tempfile.TemporaryDirectory() as folder: found = _reading(Path(folder), gigabytes) | _loading(Path(folder), n, seed)
     print('\n'.join(f'{k:25} {v:12.4g}' for k, v in found.items()))
-    if out: write_json(out, dict(settings=dict(gigabytes=gigabytes, n=n, seed=seed), found=found, threads=torch.get_num_threads(), torch=torch.__version__))
+    settings = dict(gigabytes=gigabytes, n=n, seed=seed)
+    if out: write_json(out, dict(settings=settings, found=found, threads=torch.get_num_threads(), torch=torch.__version__))
     return found
 
 # %% ../nbs/59_bench.ipynb #f3aca244
 def _in_timm(model):
     "timm's MaxxVit with the weights of an Astroformer of C and T"
     c = model.cfg
-    shape = MaxxVitCfg(embed_dim=c.widths, depths=c.depths, block_type=tuple(c.layout), stem_width=c.stem_width, head_hidden_size=c.widths[-1])
+    shape = MaxxVitCfg(embed_dim=c.widths, depths=c.depths, block_type=tuple(c.layout),
+                       stem_width=c.stem_width, head_hidden_size=c.widths[-1])
     theirs = MaxxVit(shape, img_size=tuple(2*s//c.strides[-1] for s in c.img_size), num_classes=c.classes, in_chans=c.bands)
     first = theirs.stages[-1].blocks[0]
     if c.strides[-1] == 1: first.shortcut.pool, first.norm1 = nn.Identity(), first.norm1.norm
@@ -286,8 +300,9 @@ def _counted(name, size):
 # %% ../nbs/59_bench.ipynb #b27390cd
 def _in_turn(runs, repeats): # Table of seconds, a column a variant
     for f in runs.values(): f()
-    order = list(runs)
-    return pd.DataFrame([{k: _seconds(runs[k]) for k in (order[::-1] if i % 2 else order)} for i in range(repeats)])[order]     # to and fro, so that none is always first
+    to = list(runs)
+    fro = to[::-1]              # none is always first
+    return pd.DataFrame([{k: _seconds(runs[k]) for k in (fro if i % 2 else to)} for i in range(repeats)])[to]
 
 def _seconds(f):
     start = time.perf_counter()
@@ -297,7 +312,8 @@ def _seconds(f):
 def _summed_up(seconds, what, batch):
     "A row a variant: images per second, and the ratio to timm within a repetition, median and quartiles"
     ratios = seconds.rdiv(seconds.timm, axis=0).quantile([.5, .25, .75])
-    return [dict(what=what, variant=k, images_per_s=batch/seconds[k].median(), over_timm=r[.5], low=r[.25], high=r[.75]) for k, r in ratios.items()]
+    return [dict(what=what, variant=k, images_per_s=batch/seconds[k].median(), over_timm=r[.5], low=r[.25], high=r[.75])
+            for k, r in ratios.items()]
 
 def _timed(name, size, batch, repeats, compiled):
     (ours, theirs), x = _pair(name, size), torch.randn(batch, 3, size, size)
@@ -307,7 +323,8 @@ def _timed(name, size, batch, repeats, compiled):
     with torch.inference_mode():
         for m in variants.values(): torch.testing.assert_close(m(x), theirs(x), rtol=1e-4, atol=1e-4)
         found = _summed_up(_in_turn({k: partial(m, x) for k, m in variants.items()}, repeats), 'inference', batch)
-    steps = dict(timm=_trainer(theirs.train(), x), timm_channels_last=_trainer(turned.train(), x), astroformer=_trainer(ours.train(), x), recompute=_trainer(ours, x, recompute=True))
+    steps = dict(timm=_trainer(theirs.train(), x), timm_channels_last=_trainer(turned.train(), x),
+                 astroformer=_trainer(ours.train(), x), recompute=_trainer(ours, x, recompute=True))
     return found + _summed_up(_in_turn(steps, repeats), 'training', batch)
 
 # %% ../nbs/59_bench.ipynb #eb74f69b
@@ -339,7 +356,11 @@ def _peaks(cases): # MiB of each case: name, size, batch, variant; NaN where mem
     return list(map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()))
 
 # %% ../nbs/59_bench.ipynb #1b9ce78e
-_kinds_of_op = {'convolution and matrix product': 'conv|mm', 'BatchNorm, LayerNorm': 'norm', 'GELU, SiLU, tanh, sigmoid': 'gelu|silu|tanh|sigmoid', 'attention': 'attention|softmax', 'copy': 'copy|cat|clone', 'sums and products': 'mul|add|mean|sum|pool'}
+_kinds_of_op = {'convolution and matrix product': 'conv|mm', 'BatchNorm, LayerNorm': 'norm', 'attention': 'attention|softmax',
+                'GELU, SiLU, tanh, sigmoid': 'gelu|silu|tanh|sigmoid', 'copy': 'copy|cat|clone',
+                'sums and products': 'mul|add|mean|sum|pool'}
+
+def _kind(op): return next((kind for kind, pattern in _kinds_of_op.items() if re.search(pattern, str(op))), 'other')
 
 class _Clock(TorchDispatchMode):
     def __init__(self): super().__init__(); self.seconds = Counter()
@@ -347,7 +368,7 @@ class _Clock(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         start = time.perf_counter()
         result = op(*args, **(kwargs or {}))
-        self.seconds[next((k for k, pattern in _kinds_of_op.items() if re.search(pattern, str(op))), 'other')] += time.perf_counter() - start
+        self.seconds[_kind(op)] += time.perf_counter() - start
         return result
 
 def _shares(model, x): # Share of the time of each kind
@@ -363,18 +384,21 @@ def _where_time_goes(name, size, batch):
 
 # %% ../nbs/59_bench.ipynb #bf5b60b3
 def _cases(words): # Dicts of name, size, batch, parameters, gmacs
-    return [_case(*case.split()) if _is_case(*case.split()) else _no_case(case) for case in words.split(',')]
+    return [_case(words) for words in words.split(',')]
 
-def _case(name, size, batch): return _counted(name, int(size)) | dict(batch=int(batch))
-def _is_case(name='', *numbers): return name in model_cfgs and len(numbers) == 2 and all(n.isdigit() for n in numbers) and int(numbers[0]) >= 32 and int(numbers[1]) > 0
-def _no_case(case): raise GalaxyDataError(f"{case.strip()!r} is no case; give networks, each with its side (32 px or more) and batch, as in 'astroformer_pico 64 64, astroformer_0 128 8'.")
+def _case(words):
+    found = re.fullmatch(r'\s*(\w+)\s+(\d+)\s+(\d+)\s*', words)
+    if not found or found[1] not in model_cfgs or int(found[2]) < 32 or int(found[3]) < 1:
+        raise GalaxyDataError(f"{words.strip()!r} is no case; give networks, each with its side (32 px or more) and batch, as in {bar_cases!r}.")
+    return _counted(found[1], int(found[2])) | dict(batch=int(found[3]))
 
 def _table(most):
     "Every variant at three sizes; batch 0 where training takes more than half the memory, or a single image more than `most` GMACs"
     half = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2
     for name, size in product(model_cfgs, (64, 128, 256)):
         c = _counted(name, size)
-        fits = 48*c['parameters'] < half and c['gmacs'] <= most       # two networks in single precision, each with gradients and two moments, and room to work
+        # two networks in single precision, each with gradients and two moments, and room to work
+        fits = 48*c['parameters'] < half and c['gmacs'] <= most
         yield c | dict(batch=min(16, math.ceil(most/4/c['gmacs'])) if fits else 0)
 
 def _measured(c, repeats, compiled, peaks):
@@ -385,7 +409,9 @@ def _measured(c, repeats, compiled, peaks):
 
 def _machine():
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-    return dict(cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), wait=os.environ.get('OMP_WAIT_POLICY', 'active'), dtype='float32', torch=torch.__version__, timm=timm.__version__, onednn_fuses=onednn_fuses())
+    return dict(cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                wait=os.environ.get('OMP_WAIT_POLICY', 'active'), dtype='float32', torch=torch.__version__,
+                timm=timm.__version__, onednn_fuses=onednn_fuses())
 
 # %% ../nbs/59_bench.ipynb #ca255415
 bar_cases = 'astroformer_pico 64 64, astroformer_0 128 8'
@@ -399,6 +425,7 @@ def bench_model(
     out:str=None, # JSON file to write
 )->pd.DataFrame: # A row a case, task and variant
     "Images per second and peak training memory against timm's MaxxVit with the same weights, on the CPU"
+    settings = dict(cases=cases, table=table, repeats=repeats, most=most)
     groups, rows = [(_cases(cases), repeats), (list(_table(most)) if table else [], -(-repeats//3))], []
     shares = _where_time_goes(*(groups[0][0][0][k] for k in ('name', 'size', 'batch')))
     for group, n in groups:
@@ -406,7 +433,7 @@ def bench_model(
         peaks = dict(zip(runs, _peaks(runs) if runs else ()))
         for c in group:
             rows += _measured(c, n, compiled, peaks) if c['batch'] else [c]
-            if out: write_json(out, dict(settings=dict(cases=cases, table=table, repeats=repeats, most=most), machine=_machine(), runs=rows, shares=shares))
+            if out: write_json(out, dict(settings=settings, machine=_machine(), runs=rows, shares=shares))
     print(pd.DataFrame(rows).round(2).to_string(na_rep='', index=False))
     print(pd.DataFrame(shares).round(3).to_string(na_rep=''))
     return pd.DataFrame(rows)
