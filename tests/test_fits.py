@@ -360,3 +360,8 @@ def test_a_pattern_that_cannot_be_filled_in_is_one_sentence(tmp_path, sky):
         with pytest.raises(GalaxyDataError, match='cannot be filled in'): read_fits_catalog(table, tmp_path, x=x, bands='r', size=32, progress=False)
     g = read_fits_catalog(table, tmp_path, x='{id}_{band}.fits', bands='r', size=32, bad='skip', progress=False)
     assert len(g) == 4 and g.skipped.problem.tolist() == ['no file is named']
+
+
+def test_a_wheel_with_an_empty_slot_does_not_name_the_planes_of_a_cube(tmp_path, sky):
+    fits.writeto(path := tmp_path/'a.fits', sky[:2], header(FILTER1='CLEAR1L', FILTER2='F814W'))
+    assert read_fits(path).bands == ('1', '2') and read_fits(path, ['F606W', 'F814W']).bands == ('F606W', 'F814W')

@@ -360,18 +360,21 @@ def _fill(data, mask):
     return data
 
 # %% ../../nbs/12_data.fits.ipynb #59685a17
+_empty_slots = 'CLEAR', 'N/A', 'NONE', 'UNKNOWN'          # of a wheel of filters
+
 def _names_in(head, n):
     "Names of `n` bands by a header, empty where it does not tell"
     if n == 1: return (_filter(head) or _band_in(str(head.get('EXTNAME', ''))),)
     for key in ('BAND', 'FILTER', 'FILT'):
         for start in (0, 1):
-            if all(f'{key}{i+start}' in head for i in range(n)): return tuple(str(head[f'{key}{i+start}']).strip() for i in range(n))
+            named = [str(head.get(f'{key}{i+start}', '')).strip() for i in range(n)]
+            if all(named) and not any(s.upper().startswith(_empty_slots) for s in named): return tuple(named)
     names = _band_list(str(head.get('BANDS', head.get('FILTER', ''))).strip())
     return names if len(names) == n else ('',)*n
 
 def _filter(head):
     said = [str(head.get(k, '')).strip() for k in ('FILTER', 'FILTER1', 'FILTER2', 'BAND')]
-    said = [s for s in said if s and not s.upper().startswith(('CLEAR', 'N/A', 'NONE', 'UNKNOWN'))]
+    said = [s for s in said if s and not s.upper().startswith(_empty_slots)]
     return next((b for s in said if (b := _band_in(s))), said[0] if said and re.fullmatch(r'[\w.+-]{1,12}', said[0]) else '')
 
 def _names_of(path, n):
