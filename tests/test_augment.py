@@ -127,3 +127,9 @@ def test_a_depth_means_the_same_noise_in_every_unit(tmp_path):
     for f in rows.file: fits.setval(tmp_path/f, 'BUNIT', value='adu')
     with pytest.raises(GalaxyDataError, match="unit of these galaxies is 'counts'; read them with zeropoint="): load(checksum=False)
     assert np.isfinite(noise(load(checksum=False, zeropoint=25.)))
+
+
+@pytest.mark.parametrize('redshift', [.1, (.1,), (0, .1), (.1, .05), ('a', 1), (.1, math.nan)])
+def test_redshifts_that_make_no_sense_are_one_sentence(redshift):
+    with pytest.raises(GalaxyDataError, match='redshift') as e: GalaxyAugment(redshift=redshift)
+    assert '\n' not in str(e.value)

@@ -153,3 +153,18 @@ def test_catalogues_of_many_formats(kind, tmp_path):
     else: Table.from_pandas(table).write(tmp_path/f't.{kind}', **dict(format='votable') if kind == 'vot' else {})
     dls = GalaxyDataLoaders.from_catalog(tmp_path/f't.{kind}', size=32, progress=False, device='cpu')
     assert dls.classes == ('a', 'b') and dls.catalog.file.tolist() == table.file.tolist() and len(set(dls.groups)) == 40 and dls.separation == 60
+
+
+@pytest.mark.parametrize('gap', ['', ' ', b''])
+def test_an_empty_word_is_no_class(gap, tmp_path):
+    table = pictures(tmp_path, label=[gap, 'merger', 'spiral', 'spiral']*10)
+    if isinstance(gap, bytes): table['label'] = [c if isinstance(c, bytes) else c.encode() for c in table.label]
+    load = lambda bad: GalaxyDataLoaders.from_catalog(table, tmp_path, size=32, bad=bad, progress=False, device='cpu')
+    with pytest.raises(GalaxyDataError, match='10 of 40 rows .*row 0: no label'): load('raise')
+    dls = load('skip')
+    assert dls.classes == ('merger', 'spiral') and set(dls.galaxies.skipped.problem) == {'no label'}
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    table = pictures(tmp_path, label=['merger', 'spiral']*20)
+    with pytest.raises(GalaxyDataError, match="two columns 'label'"): GalaxyDataLoaders.from_catalog(pd.concat([table, table[['label']]], axis=1), tmp_path, progress=False)

@@ -323,3 +323,45 @@ def test_the_weight_of_a_band_is_for_that_band(tmp_path, named):
     assert image.bands == ('g', 'r', 'z')
     assert [m.mean() for m in image.mask] == [0, .5, 0]
     assert image.data[0, :, 16:].std() > .5 and image.data[2, :, 16:].std() > .5
+
+
+@pytest.mark.parametrize('says', [dict(ORIGIN='2MASS', MAGZP=20.8), dict(TELESCOP='WISE', MAGZP=20.5, BUNIT='DN'), dict(MAGSYS='Vega', MAGZERO=25.)])
+def test_a_zero_point_of_vega_is_not_taken_for_one_of_ab(tmp_path, sky, says):
+    fits.writeto(path := tmp_path/'k.fits', sky[0], header(FILTER='Ks', **says))
+    image = read_fits(path)
+    assert image.unit != 'nanomaggies' and np.array_equal(image.data[0], sky[0]) and 'Vega' in image.summary()
+    assert read_fits(path, zeropoint=22.5).unit == 'nanomaggies'
+
+
+def test_pixels_on_an_asinh_scale_are_no_flux(tmp_path, sky):
+    fits.writeto(path := tmp_path/'ps1.fits', sky[0], header(FILTER='r', BSOFTEN=300., BOFFSET=.5))
+    with pytest.raises(GalaxyDataError, match='asinh scale'): read_fits(path)
+
+
+@pytest.mark.parametrize('value, kind', [(0, 'i2'), (7, 'i2'), (7, 'f4')])
+def test_a_blank_image_is_refused_as_a_blank_picture_is(tmp_path, value, kind):
+    fits.writeto(path := tmp_path/'blank.fits', np.full((2, 64, 64), value, kind), header())
+    with pytest.raises(GalaxyDataError, match='is blank'): read_fits(path)
+
+
+@pytest.mark.parametrize('mask, weight', [('MSK', 'WGT'), ('DQ', 'AREA')])
+def test_masks_by_the_names_of_des_and_jwst(tmp_path, sky, mask, weight):
+    bad = np.zeros((64, 64), 'i2')
+    bad[:8] = 1
+    planes = [fits.ImageHDU(sky[0], header(FILTER='r'), 'SCI'), fits.ImageHDU(bad, name=mask), fits.ImageHDU(np.ones((64, 64), 'f4'), name=weight)]
+    fits.HDUList([fits.PrimaryHDU(), *planes]).writeto(path := tmp_path/'a.fits')
+    assert read_fits(path).masked == read_fits(path, ext='SCI').masked == 1/8
+
+
+def test_a_pattern_that_cannot_be_filled_in_is_one_sentence(tmp_path, sky):
+    for i in range(4): fits.writeto(tmp_path/f'{i}_r.fits', sky[0] + i, header(ra=150 + i, FILTER='r', BUNIT='nanomaggy'))
+    table = pd.DataFrame(dict(id=[0, 1, 2, 3, np.nan], name='a', label=list('ababa')))
+    for x in ('{}_{band}.fits', '{name:03d}_{band}.fits'):
+        with pytest.raises(GalaxyDataError, match='cannot be filled in'): read_fits_catalog(table, tmp_path, x=x, bands='r', size=32, progress=False)
+    g = read_fits_catalog(table, tmp_path, x='{id}_{band}.fits', bands='r', size=32, bad='skip', progress=False)
+    assert len(g) == 4 and g.skipped.problem.tolist() == ['no file is named']
+
+
+def test_a_wheel_with_an_empty_slot_does_not_name_the_planes_of_a_cube(tmp_path, sky):
+    fits.writeto(path := tmp_path/'a.fits', sky[:2], header(FILTER1='CLEAR1L', FILTER2='F814W'))
+    assert read_fits(path).bands == ('1', '2') and read_fits(path, ['F606W', 'F814W']).bands == ('F606W', 'F814W')

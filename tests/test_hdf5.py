@@ -331,3 +331,12 @@ def test_fingerprint_samples_the_whole_file(tmp_path):
         os.utime(f, ns=(0, 0))
         found.add(file_fingerprint(f))
     assert len(found) == 11
+
+
+@pytest.mark.parametrize('key', ['ra', 'dec', 'redshift', 'pxscale'])
+@pytest.mark.parametrize('shape', [(12, 1), (11,), ()])
+def test_a_position_of_another_shape_is_not_dropped_without_a_word(key, shape, tmp_path):
+    with h5py.File(path := tmp_path/'s.h5', 'w') as f:
+        f['images'], f['ans'] = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3), np.uint8), np.arange(12, dtype=np.uint8) % 10
+        for k in ('ra', 'dec', 'redshift', 'pxscale'): f[k] = np.zeros(shape if k == key else 12)
+    with pytest.raises(GalaxyDataError, match=f"'{key}' of .*s.h5 is float64 .*one number for each of the 12 images"): read_hdf5(path, size=8, progress=False)

@@ -87,7 +87,7 @@ def recede(
 )->tuple: # Factors of size and of surface brightness
     "What a larger distance does to a galaxy's picture in flux per frequency, without a K-correction (Planck 2018 cosmology)"
     z, to = np.asarray(z, float), np.asarray(to, float)
-    if (z <= 0).any() or (to < z).any(): raise GalaxyDataError(f'a galaxy cannot be moved from redshift {z} to {to}; give one above 0 and then one not below it.')
+    if (z <= 0).any() or (to < z).any(): raise GalaxyDataError(f'a galaxy cannot be moved from redshift {z.min():g} to {to.min():g}; give one above 0 and then one not below it.')
     near, far = (Planck18.angular_diameter_distance(v).value for v in (z, to))
     return near/far, ((1 + z)/(1 + to))**3
 
@@ -173,6 +173,8 @@ class GalaxyAugment(GalaxyTransform):
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
         _check_strengths(self, p=p, angle=angle, shift=shift, zoom=zoom, jitter=jitter, seeing=seeing, pxscale=pxscale)
+        if redshift is not None and not (isinstance(redshift, (tuple, list)) and len(redshift) == 2): raise GalaxyDataError(f'redshift of GalaxyAugment is {redshift!r}; give that of the survey and the largest to move its galaxies to.')
+        for z in redshift or (): check_number(z, 'redshift of GalaxyAugment')
         self.redshift = redshift
         self.in_arcsec = jitter is not None or bool(seeing)
         if redshift: self.distances = torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, 65))), dtype=torch.float32)

@@ -27,7 +27,7 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
 from ..core import GalaxyDataError, from_settings, require
-from .images import GalaxySet, _begins, _rows_of, bar, check_columns, check_number, check_whole, file_paths, look_over, open_catalog, pixel_store, position_columns, read_table, usable_rows, with_position
+from .images import GalaxySet, _begins, _plain, _rows_of, bar, check_columns, check_number, check_whole, file_paths, look_over, open_catalog, pixel_store, position_columns, read_table, usable_rows, with_position
 from .stretch import Stretch, blue_to_red, filter_pattern, microns, wavelength
 
 # %% ../../nbs/12_data.fits.ipynb #a7ca7ecb
@@ -170,10 +170,10 @@ def _open(path, checksum=True):
 def _said(e): return ' '.join(str(e).split())[:150] or type(e).__name__
 
 # %% ../../nbs/12_data.fits.ipynb #ed58b279
-_kinds = dict(mask='mask masks dq badpix bpm', weight='wht weight weights invvar ivar', error='var variance err error errors rms sigma unc noise',
-              other='maskbits psf ctx con segm segmap nexp depth chi2 flags')
+_kinds = dict(mask='mask masks msk dq badpix bpm', weight='wht wgt weight weights invvar ivar', error='var variance err error errors rms sigma unc noise',
+              other='maskbits psf ctx con area segm segmap nexp depth chi2 flags')
 _kind = {word: kind for kind, words in _kinds.items() for word in words.split()}
-_vague = set('var err sigma noise con flags depth ctx dq'.split()) # in the name of a file they may be part of a galaxy's
+_vague = set('var err sigma noise con area flags depth ctx dq'.split()) # in the name of a file they may be part of a galaxy's
 
 def _words(text): return [w.rstrip('0123456789') for w in re.split('[^a-z0-9]+', str(text).lower())]
 
@@ -275,10 +275,17 @@ def _number(head, *keys):
     for k in keys:
         if isinstance(v := head.get(k), (int, float)) and isfinite(v): return float(v)
 
+_vega = re.compile('VEGA|2MASS|WISE|UKIRT|UKIDSS|WFCAM|VISTA|VIRCAM')
+
+def _of_vega(head):
+    "Whether the zero point of a header is for Vega magnitudes, by what it says of the system or of the survey"
+    said = ' '.join(str(head.get(k, '')) for k in 'MAGSYS PHOTSYS ZPSYS SURVEY ORIGIN TELESCOP INSTRUME'.split())
+    return any(k in head for k in _zeropoints) and bool(_vega.search(said.upper()))
+
 def _zeropoint(head, rate):
     "AB magnitude of one count, or None"
     if (f := _number(head, 'FLUXMAG0')) and f > 0: return 2.5*np.log10(f)
-    if (zp := _number(head, *_zeropoints)) and 0 < zp < 60: return zp
+    if (zp := _number(head, *_zeropoints)) and 0 < zp < 60 and not _of_vega(head): return zp
     flam, pivot, seconds = (_number(head, k) for k in ('PHOTFLAM', 'PHOTPLAM', 'EXPTIME'))
     if not (flam and pivot and flam > 0 and pivot > 0) or not rate and not (seconds and seconds > 0): return None
     return -2.5*np.log10(flam) - 5*np.log10(pivot) - 2.408 + (0 if rate else 2.5*np.log10(seconds))
@@ -353,18 +360,21 @@ def _fill(data, mask):
     return data
 
 # %% ../../nbs/12_data.fits.ipynb #59685a17
+_empty_slots = 'CLEAR', 'N/A', 'NONE', 'UNKNOWN'          # of a wheel of filters
+
 def _names_in(head, n):
     "Names of `n` bands by a header, empty where it does not tell"
     if n == 1: return (_filter(head) or _band_in(str(head.get('EXTNAME', ''))),)
     for key in ('BAND', 'FILTER', 'FILT'):
         for start in (0, 1):
-            if all(f'{key}{i+start}' in head for i in range(n)): return tuple(str(head[f'{key}{i+start}']).strip() for i in range(n))
+            named = [str(head.get(f'{key}{i+start}', '')).strip() for i in range(n)]
+            if all(named) and not any(s.upper().startswith(_empty_slots) for s in named): return tuple(named)
     names = _band_list(str(head.get('BANDS', head.get('FILTER', ''))).strip())
     return names if len(names) == n else ('',)*n
 
 def _filter(head):
     said = [str(head.get(k, '')).strip() for k in ('FILTER', 'FILTER1', 'FILTER2', 'BAND')]
-    said = [s for s in said if s and not s.upper().startswith(('CLEAR', 'N/A', 'NONE', 'UNKNOWN'))]
+    said = [s for s in said if s and not s.upper().startswith(_empty_slots)]
     return next((b for s in said if (b := _band_in(s))), said[0] if said and re.fullmatch(r'[\w.+-]{1,12}', said[0]) else '')
 
 def _names_of(path, n):
@@ -384,7 +394,11 @@ def _read_hdu(hdus, i, masks, path, wanted=(), sure=False, unit='auto', zeropoin
     mask = np.stack([_unfilled(b, hdu.header['BITPIX'] < 0) for b in data]) | _masked_by(hdus, hdu, masks, window, path)
     if mask.all():
         raise GalaxyDataError(f'holds no measurement in extension {i}: {np.isnan(data).mean():.0%} of its pixels are NaN, {(data == 0).mean():.0%} exactly zero')
+    if not any(np.ptp(b[~bad]) for b, bad in zip(data, mask) if not bad.all()):
+        raise GalaxyDataError(f'is blank in extension {i}: every pixel of a band is {data[~mask][0]:g}')
     head = ChainMap(hdu.header, hdus[0].header)
+    if 'BSOFTEN' in head and 'BOFFSET' in head:
+        raise GalaxyDataError('has pixels on an asinh scale (BSOFTEN and BOFFSET, as the stacks of Pan-STARRS); bring them to flux, and take these two keywords out of the header')
     told, guess = _names_in(head, len(data)), _names_of(path, len(data))
     names = next((n for n in (told, *((wanted, guess) if sure else (guess, wanted))) if any(n) and len(n) == len(data)), told)
     if wcs is not None and around is not None: wcs = wcs[window]
@@ -420,6 +434,7 @@ def _converted(image, head, unit, zeropoint):
     known = [_nanomaggies(head, image.pxscale, zeropoint.get(b) if isinstance(zeropoint, dict) else zeropoint) for b in image.bands]
     factors, image.unit = [f for f, _ in known], known[0][1]
     wanted = 1. if unit in ('auto', 'nanomaggies') else None if unit == 'keep' else nanomaggies_in(unit, image.pxscale)
+    if None in factors and _of_vega(head): image.notes += 'its zero point is one of Vega magnitudes and is not used; give that of AB (zeropoint=)',
     if wanted and None not in factors:
         image.data *= (np.array(factors)/wanted).astype(np.float32)[:, None, None]
         image.unit = 'nanomaggies' if unit == 'auto' else unit
@@ -699,9 +714,16 @@ def fits_paths(
     if isinstance(x, dict): return [dict(zip(x, file_paths(row, images))) for row in df[[*x.values()]].itertuples(index=False)]
     if '{' not in x: return file_paths(df[x], images)
     rows = df[names].to_dict('records')
-    if '{band' not in x: return [images/x.format(**row) for row in rows]
+    if '{band' not in x: return [_filled(x, row, images) for row in rows]
     if not bands: raise GalaxyDataError(f"The pattern {x!r} asks for a band; name the bands, such as bands='grz'.")
-    return [{b: images/x.format(**row, band=b) for b in bands} for row in rows]
+    return [{b: _filled(x, row, images, band=b) for b in bands} for row in rows]
+
+def _filled(x, row, images, **band):
+    "The path that a pattern makes of a row, `None` where a value is missing; whole numbers of a column with gaps are written without a point"
+    if any(map(pd.isna, row.values())): return None
+    try: return images/x.format(**{k: _plain(v) for k, v in row.items()}, **band)
+    except (LookupError, ValueError, TypeError, AttributeError) as e:
+        raise GalaxyDataError(f"The pattern {x!r} cannot be filled in with {row} ({e}); write it as '{{name}}_{{band}}.fits', with columns in braces.") from None
 
 def fits_columns(
     x, # As in `fits_paths`

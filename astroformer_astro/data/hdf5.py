@@ -52,6 +52,10 @@ def _check_pixels(f):
     if ans.shape != images.shape[:1]: raise GalaxyDataError(f"'ans' of {f.filename} has shape {ans.shape} beside {len(images)} images; expected one label an image.")
     if not images.size: raise GalaxyDataError(f"'images' of {f.filename} is empty, {images.shape}; expected at least one galaxy.")
     if ans.dtype.kind not in 'iu': raise GalaxyDataError(f"'ans' of {f.filename} is {ans.dtype}; expected integers, the class numbers.")
+    for key in 'ra', 'dec', 'redshift', 'pxscale':
+        if key in f and not _is_column(f.get(key), len(images)):
+            found = f'{f[key].dtype} {f[key].shape}' if isinstance(f.get(key), h5py.Dataset) else 'no dataset'
+            raise GalaxyDataError(f'{key!r} of {f.filename} is {found}; expected one number for each of the {len(images)} images, or no {key!r} at all.')
     for key in 'images', 'ans':
         if not _is_whole(f[key]): raise GalaxyDataError(f'{key!r} of {f.filename} was not completely written, or its index is damaged; get or make the file again.')
 

@@ -285,6 +285,12 @@ def read_images(
     return pixels, dict(sorted(problems.items()))
 
 # %% ../../nbs/10_data.images.ipynb #be27528e
+def _as_words(column):
+    "A column with bytes as text, and what is empty or blank as missing"
+    if pd.api.types.is_numeric_dtype(column): return column
+    words = column.astype(object).map(lambda v: v.decode('utf-8', 'replace') if isinstance(v, bytes) else v)
+    return words.mask([isinstance(v, str) and not v.strip() for v in words], np.nan).infer_objects()
+
 def open_catalog(
     table, # A `DataFrame`, or a table or file as `read_table` takes it
     images, # Folder that the file names start from; `None` for that of the table
@@ -296,6 +302,8 @@ def open_catalog(
     df, given = read_table(table), not isinstance(table, (str, Path))
     name = 'the table' if given else str(table)
     check_columns(df, *columns, source=name)
+    if twice := [c for c in columns if isinstance(df[c], pd.DataFrame)]: raise GalaxyDataError(f'{name} has two columns {twice[0]!r}; rename one.')
+    df = df.assign(**{str(c): _as_words(df[c]) for c in columns if isinstance(c, str)})
     folder = images if images is not None else '.' if given else Path(table).parent
     if not isinstance(folder, (str, Path)): raise GalaxyDataError(f'images is {_short(images)}; give the path of the folder that the file names start from.')
     if not len(df): raise GalaxyDataError(f'{name} has no rows; give at least one galaxy of two classes each.')
