@@ -1903,6 +1903,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._mismatch': ( 'models.checkpoint.html#_mismatch',
                                                                                                         'astroformer_astro/models/checkpoint.py'),
+                                                     'astroformer_astro.models.checkpoint._missing': ( 'models.checkpoint.html#_missing',
+                                                                                                       'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._pair': ( 'models.checkpoint.html#_pair',
                                                                                                     'astroformer_astro/models/checkpoint.py'),
                                                      'astroformer_astro.models.checkpoint._refuse_changed': ( 'models.checkpoint.html#_refuse_changed',

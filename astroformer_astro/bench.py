@@ -101,7 +101,7 @@ def _honesty(learn, seed, coverage=.9):
 
 # %% ../nbs/59_bench.ipynb #d56bca11
 def bench_accuracy(
-    catalog:str, # CSV or Parquet table of image files
+    catalog:str, # Table of image files
     images:str=None, # Folder that its file names start from
     y:str='label', # Its column with the classes
     archs:str='astroformer_pico', # Networks, by commas: names of ours or timm's, and fields such as `layout=CCTT` or `pretrained=weights.safetensors`
@@ -136,7 +136,7 @@ def _few(labels, rows, n, seed):
 
 # %% ../nbs/59_bench.ipynb #785198ad
 def bench_transfer(
-    catalog:str, # CSV or Parquet table of image files: the new survey
+    catalog:str, # Table of image files: the new survey
     pretrained:str, # Weights to start from, by commas
     arch='astroformer_pico', # The network of those weights
     images:str=None, # Folder that the file names start from

@@ -24,7 +24,7 @@ from .models.checkpoint import arch_name
 # %% ../nbs/58_bench_explain.ipynb #6e8e87f1
 def held_out(
     weights:str, # Weights as written by `train`
-    table:str, # CSV or Parquet table of picture files, the one that the network was trained on
+    table:str, # Table of picture files, the one that the network was trained on
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str='file', # Column with the file names
     y:str='label', # Column with the classes
@@ -98,7 +98,7 @@ def _speed_said(s):
 # %% ../nbs/58_bench_explain.ipynb #aa59442c
 def bench_explain(
     weights:str, # Weights as written by `train`
-    table:str, # CSV or Parquet table of picture files, the one that the network was trained on
+    table:str, # Table of picture files, the one that the network was trained on
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str='file', # Column with the file names
     y:str='label', # Column with the classes

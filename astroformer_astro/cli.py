@@ -43,7 +43,7 @@ def synth(
 
 def predict(
     weights:str, # Weights as written by `train`
-    table:str, # CSV or Parquet table of picture files, or of FITS files if the network was trained on those
+    table:str, # Table of picture files, or of FITS files if the network was trained on those
     out:str, # Catalogue to write, `.parquet` or `.csv`
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str=None, # Column with the file names; `file` by default, or for FITS that of the training
@@ -114,7 +114,7 @@ def repack_file(
     print(repack(path, size, out, progress=sys.stderr.isatty()))
 
 def pack_files(
-    table:str, # CSV or Parquet table of picture files
+    table:str, # Table of picture files
     out:str, # HDF5 file to write
     images:str=None, # Folder that the file names start from; by default that of the table
     x:str='file', # Column with the file names
@@ -127,7 +127,7 @@ def pack_files(
 
 # %% ../nbs/60_cli.ipynb #a7b52fad
 def cutouts(
-    table:str, # CSV or Parquet table of positions
+    table:str, # Table of positions
     folder:str, # Where cut-outs and `manifest.csv` go
     size:int=256, # Side, px
     pxscale:str='.262', # arcsec/px, or the column that has it
@@ -173,6 +173,9 @@ def main(
     except (GalaxyDataError, ImportError) as e:
         print(f'astroformer {verb}: {e}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f'astroformer {verb}: stopped.' + _going_on*(f is train), file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/60_cli.ipynb #a4a93130

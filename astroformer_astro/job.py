@@ -106,7 +106,7 @@ class Job:
     "One run of the main job; a survey is simulated where neither `data` nor `catalog` is given"
     out:str='out/demo' # Folder for everything that is made
     data:str=None # HDF5 file in the Galaxy10 layout
-    catalog:str=None # CSV or Parquet table of picture files or of FITS files
+    catalog:str=None # Table of picture files or of FITS files
     images:str=None # Folder that its file names start from; by default that of the table
     x:str='file' # Its column with the file names; of FITS files also a pattern such as {name}_{band}.fits
     y:str='label' # Its column with the classes; or several columns of votes, by commas

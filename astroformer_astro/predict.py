@@ -59,7 +59,7 @@ def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
 # %% ../nbs/33_predict.ipynb #0767cfd2
 def predict_catalog(
     learn, # A trained `Learner`, or the path of saved weights
-    table, # A `DataFrame`, or the path of a CSV or Parquet file
+    table, # A `DataFrame`, or the path of a table
     out=None, # Where to write the result, `.parquet` or `.csv`; nowhere by default
     images=None, # Folder that the file names start from; by default that of the table
     x=None, # Column with the file names, or what `fits_paths` takes; as in training, or `file`, by default

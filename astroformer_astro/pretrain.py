@@ -104,7 +104,7 @@ def unlabelled(
     return replace(galaxies, catalog=galaxies.catalog.assign(label='galaxy'), classes=('galaxy',))
 
 def read_unlabelled(
-    table, # A `DataFrame`, or the path of a CSV or Parquet file, of pictures; no column of classes is needed
+    table, # A `DataFrame`, or the path of a table, of pictures; no column of classes is needed
     **reading, # As of `read_catalog`: `images`, `x`, `size`, `bad`, ...
 )->GalaxySet:
     "Pictures of galaxies that nobody has classified, for `pretraining_learner`"

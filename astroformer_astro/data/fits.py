@@ -741,7 +741,7 @@ def is_fits(
     return bool(re.search(r'\.(fits?|fts)(\.(fz|gz|bz2))?$|\.fz$', str(name).lower()))
 
 def holds_fits(
-    table, # A `DataFrame`, or the path of a CSV or Parquet file
+    table, # A `DataFrame`, or the path of a table
     x='file', # As in `fits_paths`
 )->bool:
     "Whether a catalogue is one of FITS files, by the ending of the first name"

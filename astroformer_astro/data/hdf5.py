@@ -524,7 +524,7 @@ def _put_files(f, paths, size, progress):
 
 # %% ../../nbs/11_data.hdf5.ipynb #f23452ea
 def pack_catalog(
-    table, # A `DataFrame`, or the path of a CSV or Parquet file
+    table, # A `DataFrame`, or the path of a table
     out, # HDF5 file to write
     images=None, # Folder that the file names start from; by default that of the table
     x:str='file', # Column with the file names

@@ -101,13 +101,17 @@ def read_card(
     "The card of saved weights; raises `GalaxyDataError` where it is missing or of another format"
     card = _pair(path)[1]
     try: info = json.loads(card.read_text())
-    except FileNotFoundError: raise GalaxyDataError(f'{card} does not exist; weights are read together with the card that was saved beside them.') from None
+    except FileNotFoundError: raise GalaxyDataError(_missing(*_pair(path))) from None
     except (ValueError, OSError, RecursionError) as e: raise GalaxyDataError(f'{card} is not readable as JSON ({e}).') from None
     found = info.get('format') if isinstance(info, dict) else type(info).__name__
     if found != 'astroformer_astro 1': raise GalaxyDataError(f"{card} is of format {found!r}; expected 'astroformer_astro 1'.")
     lacking = [k for k in ('cfg', 'classes', 'stats', 'weights_sha256') if k not in info]
     if lacking: raise GalaxyDataError(f"{card} does not say {', '.join(map(repr, lacking))}; save the weights again, so that their card is whole.")
     return info
+
+def _missing(weights, card):
+    if not weights.exists(): return f'{weights} does not exist; give the path of weights that were saved by `save_astroformer` or `astroformer train`.'
+    return f'{card} does not exist; weights are read together with the card that was saved beside them.'
 
 # %% ../../nbs/23_models.checkpoint.ipynb #1b65f2d6
 def _weights(path, card):
