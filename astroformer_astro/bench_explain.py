@@ -33,12 +33,20 @@ def held_out(
 )->tuple: # A `Learner`, and rows of its catalogue in random order
     "A trained network with the galaxies that were held out of its training; raises `GalaxyDataError` for a catalogue of other classes"
     learn = load_astroformer_learner(weights, device='cpu')
+    _check_seed(weights, learn.model.card, split_seed)
     galaxies = read_catalog(table, images, x=x, y=y, size=learn.model.cfg.img_size[0], progress=False)
     if list(galaxies.classes) != list(learn.dls.vocab):
         raise GalaxyDataError(f"{table} has the classes {', '.join(galaxies.classes)} in {y!r}, and the network of {weights} knows {', '.join(learn.dls.vocab)}; give the table that it was trained on.")
     learn.dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=split_seed, stats=learn.dls.stats, device='cpu')
     rows = np.random.default_rng(split_seed).permutation(list(learn.dls.valid_ds.items))
     return learn, [int(i) for i in rows[:n or None]]
+
+def _check_seed(weights, card, split_seed):
+    "Raise where the card tells of another split, by which galaxies of the training would be taken for held-out ones"
+    meant = ((card.get('record') or {}).get('job') or {}).get('split_seed', split_seed)
+    if meant != split_seed:
+        raise GalaxyDataError(f'{weights} were trained with split_seed {meant}, not {split_seed}; '
+                              'give that one, or galaxies of the training are judged.')
 
 # %% ../nbs/58_bench_explain.ipynb #91601273
 def completeness(

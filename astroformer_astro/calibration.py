@@ -403,8 +403,16 @@ class _Turned(Callback):
     def __init__(self, k): self.k = k
     def before_batch(self): self.learn.xb = (dihedral(self.x, torch.full((len(self.x),), self.k, device=self.x.device)),)
 
+def _images(learn, items):
+    "The images of a `GalaxySet`, or the items as they are; raises `GalaxyDataError` for other bands than those of the training"
+    ours, theirs = (list(getattr(g, 'bands', ())) for g in (getattr(learn.dls, 'galaxies', None), items))
+    if ours and theirs and ours != theirs:
+        raise GalaxyDataError(f"these galaxies have the bands {', '.join(theirs)}, and the network was trained on {', '.join(ours)}; "
+                              f'read them with bands={tuple(ours)}.')
+    return list(getattr(items, 'images', items))
+
 def _asked(learn, items, cbs): # `members x N x classes`, and the classes where they are known
-    dl = None if items is None else learn.dls.test_dl(list(getattr(items, 'images', items)))
+    dl = None if items is None else learn.dls.test_dl(_images(learn, items))
     with learn.no_bar(), learn.no_logging(): found = [learn.get_preds(dl=dl, cbs=cb) for cb in cbs]
     return np.stack([p.numpy() for p, _ in found]), found[0][1]
 

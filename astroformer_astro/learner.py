@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, timm, torch
 from torch import nn
 from .core import GalaxyDataError, announce_device
-from .calibration import Scaling, use_scaling
+from .calibration import Scaling, _images, use_scaling
 from .curves import Curves
 from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
 from .data.block import GalaxyDataLoaders
@@ -206,7 +206,7 @@ def evaluate(
     "Predictions with `summary_metrics` and `class_table`"
     classes = list(learn.dls.vocab)
     if galaxies is None and not len(learn.dls.catalog): raise GalaxyDataError('this learner was loaded without galaxies; give a `GalaxySet` to score.')
-    dl = None if galaxies is None else learn.dls.test_dl(list(galaxies.images))
+    dl = None if galaxies is None else learn.dls.test_dl(_images(learn, galaxies))
     with learn.no_bar(), learn.no_logging(): p, y = learn.get_preds(dl=dl)
     if galaxies is not None: y = torch.tensor(_numbers(galaxies.catalog.label, classes))
     p, y = p.numpy(), y.numpy()
@@ -231,6 +231,9 @@ def load_astroformer_learner(
 )->Learner:
     "A learner that predicts, from weights and card, without the galaxies it was trained on"
     model = load_astroformer(path)
+    if not model.card['classes']:
+        raise GalaxyDataError(f'{path} holds a network that knows no classes, as after pretraining; '
+                              f'train it first, with pretrained={str(path)!r}.')
     if not model.card['stats']: raise GalaxyDataError(f'the card of {path} has no band statistics; save the weights from a learner.')
     dls = GalaxyDataLoaders.from_card(model.card, device=device)
     learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab)).to(dls.device), splitter=astroformer_splitter)

@@ -24,6 +24,7 @@ def class_table(
 )->pd.DataFrame: # A row a class
     "Completeness and purity of each class with Wilson 95 % intervals; NaN where a class has no galaxy to count"
     y, p, w = _ready(y, p, weights)
+    classes = _named(classes, p)
     m, m2 = (_confusion(y, p, v, len(classes)) for v in (w, w**2))
     cols = dict(n=np.bincount(y, minlength=len(classes)))
     for name, axis in (('completeness', 1), ('purity', 0)):
@@ -36,10 +37,14 @@ def _ready(y, p, weights):
     "Arrays of one length, of which none is NaN"
     y, p = np.asarray(y), np.asarray(p, float)
     w = np.ones(len(y)) if weights is None else np.asarray(weights, float)
-    if p.ndim != 2 or not len(y) == len(p) == w.shape[-1]: raise GalaxyDataError(f'{len(y)} classes, probabilities of shape {p.shape} and {w.shape[-1]} weights do not go together; give one row each a galaxy.')
+    if y.ndim != 1 or p.ndim != 2 or not len(y) == len(p) == w.shape[-1]:
+        raise GalaxyDataError(f'{len(y)} classes, probabilities of shape {p.shape} and {w.shape[-1]} weights do not go together; '
+                              'give one row each a galaxy.')
     if bad := int(np.isnan(p).any(1).sum()): raise GalaxyDataError(f'{bad} of {len(p)} galaxies have no probabilities (NaN), row {np.isnan(p).any(1).argmax()} first; leave them out, and say how many.')
+    y = _whole(y)
     if not len(y) or y.min() < 0 or y.max() >= p.shape[1]: raise GalaxyDataError(f'class numbers must be 0 to {p.shape[1] - 1}, one for each of at least one galaxy' + (f'; found {y.min()} to {y.max()}.' if len(y) else '; found none.'))
-    return y.astype(int), p, w
+    if not (w >= 0).all(): raise GalaxyDataError('a weight of a galaxy is negative or NaN; give numbers from 0.')
+    return y, p, w
 
 def _confusion(y, p, w, k): # `... x k x k`, for weights `... x N`
     hot = np.zeros((len(y), k*k))
@@ -53,6 +58,24 @@ def _ratio(hits, total, total2=None): # Share, and Wilson's interval; `total2` i
 def _wilson(share, n, z=1.959964): # astropy's takes whole galaxies only, and weights make fractions of them
     middle, half = (share + z**2/(2*n))/(1 + z**2/n), z/(1 + z**2/n)*np.sqrt(share*(1 - share)/n + z**2/(4*n**2))
     return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
+
+# %% ../nbs/30_metrics.ipynb #f88e77e5
+def _whole(y):
+    "Class numbers as integers; raises `GalaxyDataError` for names, fractions and NaN"
+    if y.dtype.kind in 'iub': return y.astype(int)
+    try: numbers = y.astype(float)
+    except (TypeError, ValueError): numbers = np.full(len(y), np.nan)
+    odd = numbers != np.floor(numbers)
+    if odd.any():
+        raise GalaxyDataError(f'a class number is {y[odd][0]}; give whole numbers from 0, places among the columns of the probabilities.')
+    return numbers.astype(int)
+
+def _named(classes, p):
+    "Names of the classes; raises `GalaxyDataError` where there are more or fewer than columns of probabilities"
+    names, n = list(classes), p.shape[1]
+    if len(names) not in (0, n):
+        raise GalaxyDataError(f'{len(names)} class names do not go with probabilities of {n} classes; give one for each column.')
+    return names or list(range(n))
 
 # %% ../nbs/30_metrics.ipynb #8c0ecb3f
 def balanced_accuracy(
@@ -199,7 +222,7 @@ def score_table(
 )->pd.DataFrame: # A row a score
     "Scores with stratified bootstrap 95 % intervals, `bootstrap_95_low` and `bootstrap_95_high`"
     y, p, w = _ready(y, p, weights)
-    names = _names(scores, classes, p)
+    names = _names(scores, _named(classes, p), p)
     again = np.concatenate([np.empty((0, len(names))), *(_values(y, p, some, scores) for some in _resamples(y, w, n, seed))])
     low, high = pd.DataFrame(again).quantile([.025, .975]).to_numpy()
     return pd.DataFrame(dict(value=_values(y, p, w, scores), bootstrap_95_low=low, bootstrap_95_high=high), index=pd.Index(names, name='score'))
@@ -223,6 +246,8 @@ def bin_column(
     if not pd.api.types.is_numeric_dtype(column) or column.dtype == bool: return _listed(column.astype(object).where(column.notna(), 'missing').map(str), sorted(set(column.dropna().map(str))))
     v = column.to_numpy(float, na_value=np.nan)
     known, edges = np.isfinite(v), np.asarray(bins, float)
+    if edges.size == 0 or edges.ndim == 0 and edges < 1 or (np.diff(np.atleast_1d(edges)) < 0).any():
+        raise GalaxyDataError(f'bins is {bins}; give how many, from 1, or the edges between them, ascending.')
     if np.ndim(bins) == 0: edges = np.unique(np.quantile(v[known], np.linspace(0, 1, int(bins) + 1))) if known.any() else np.zeros(1)
     if len(edges) == 1: edges = edges.repeat(2)
     k, names = np.clip(np.searchsorted(edges, v, 'right') - 1, 0, len(edges) - 2), _told(edges)
@@ -303,6 +328,7 @@ def plot_confused(
 )->Picture:
     "Confusion matrix with the galaxies in it, most confident first, and their number"
     y, p, _ = _ready(y, p, None)
+    classes = _named(classes, p)
     m, k = confusion_matrix(y, p.argmax(1), labels=range(len(classes))), len(classes)
     side = min(.75*across*k, 9) + 1.3
     fig = Picture(figsize=(side, side), layout='constrained')
@@ -336,7 +362,7 @@ def label_errors(
     "Galaxies whose label is likely wrong, the most doubtful first"
     y, p, _ = _ready(y, p, None)
     suggested, rows = _confident_class(y, p), np.arange(len(y))
-    margin, names = p[rows, y] - np.where(np.eye(p.shape[1])[y] == 1, -1, p).max(1), np.array(list(classes) or range(p.shape[1]))
+    margin, names = p[rows, y] - np.where(np.eye(p.shape[1])[y] == 1, -1, p).max(1), np.array(_named(classes, p))
     found = np.flatnonzero((suggested >= 0) & (suggested != y) & (margin < 0))
     found = found[np.argsort(margin[found], kind='stable')]
     s = suggested[found]

@@ -6,6 +6,7 @@
 __all__ = ['predict_catalog']
 
 # %% ../nbs/33_predict.ipynb #0bf9c7bd
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -76,19 +77,26 @@ def predict_catalog(
     check_columns(df, *fits_columns(reader.x), source='the table' if given else str(table))
     with _fast(learn, orientations): parts = [_predict_rows(learn, reader, df[i:i+rows], progress) for i in range(0, max(len(df), 1), rows)]
     added = pd.concat(parts, ignore_index=True)
-    df = pd.concat([df.drop(columns=[c for c in added if c in df]), added], axis=1)
+    taken = [c for c in added if c in df]
+    if 0 < len(taken) < added.shape[1]: warnings.warn(f"the table has {', '.join(map(repr, taken))} already; the prediction takes that place.")
+    df = pd.concat([df.drop(columns=taken), added], axis=1)
     if out is not None: write_table(_short_digits(df, added) if Path(out).suffix == '.csv' else df, out)
     return df
 
 def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
 
 # %% ../nbs/33_predict.ipynb #aa7013db
+_one_orientation = ('the calibration and the sets were fitted to galaxies in one orientation, and hold for a mean over eight only roughly; '
+                    'to be sure, calibrate a learner whose network is a `D4Average`.')
+
 @contextmanager
 def _fast(learn, orientations=False):
     "The learner with its network made ready for inference alone, where that is known to be the same network"
     model = learn.model
     if isinstance(model, Astroformer): learn.model = for_inference(model)
-    if orientations: learn.model = D4Average(learn.model)
+    if orientations:
+        learn.model = D4Average(learn.model)
+        if current_scaling(learn) is not None: warnings.warn(_one_orientation, stacklevel=3)
     try: yield
     finally: learn.model = model
 

@@ -73,12 +73,14 @@ def recipe(
 
 # %% ../nbs/31_recipe.ipynb #0259e52e
 _words = dict(schedule=('one_cycle', 'flat_cos'), unfreeze=('at_once', 'one_by_one', 'never'))
-_whole, _number = (lambda v: isinstance(v, int) and v >= 0), (lambda v: isinstance(v, (int, float)) and v >= 0)
+_shares = 'warmup', 'ema', 'label_smoothing', 'drop_path', 'drop'
+_whole, _number = (lambda v: isinstance(v, int) and v >= 0), (lambda v: isinstance(v, (int, float)) and 0 <= v < float('inf'))
 _fits = {bool: (lambda v: isinstance(v, bool), 'True or False'), int: (_whole, 'a whole number from 0'), float: (_number, 'a number from 0'), str: (lambda v: isinstance(v, str), 'a word')}
 
 def _checked(r):
     for f in dataclasses.fields(r):
         v, (fits, what) = getattr(r, f.name), _fits[f.type]
+        if f.name in _shares: fits, what = (lambda v: _number(v) and v < 1), 'a number from 0, below 1'
         if f.name in _words: fits, what = (lambda v, f=f: v in _words[f.name]), ' or '.join(_words[f.name])
         if not fits(v) or isinstance(v, bool) and f.type is not bool: raise GalaxyDataError(f'{f.name} of a recipe is {v!r}; give {what}.')
     return r
@@ -88,13 +90,15 @@ def name_and_fields(
     words:str, # As in `scratch_few mixup=.2 ema=.99`
 )->tuple: # The name, and a dict of fields
     "What a few words choose; numbers, `True`, `False` and numbers with strokes between are taken as such; raises `GalaxyDataError` for a word without `=`"
-    name, *fields = words.split()
+    name, *fields = words.split() or ['']
     if wrong := [f for f in fields if '=' not in f]: raise GalaxyDataError(f"{wrong[0]!r} in {words!r} is no field; write them as name=value, with blanks between.")
     return name, {k: _value(v) for k, v in (f.split('=', 1) for f in fields)}
 
 def _value(word):
     if re.fullmatch(r'\d+(/\d+)+', word): return tuple(map(int, word.split('/')))
-    return ast.literal_eval(word) if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', word) else word
+    if not re.fullmatch(r'True|False|-?[\d.]+(e[+-]?\d+)?', word): return word
+    try: return ast.literal_eval(word)
+    except SyntaxError: return word                    # as 1.2.3, which whoever checks it can say more about
 
 # %% ../nbs/31_recipe.ipynb #0b43f906
 def default_epochs(

@@ -49,7 +49,7 @@ def _set_generators(dls, state):
     if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
 # %% ../nbs/31_survive.ipynb #05fd8001
-_remembered = 'lrs', 'iters', 'losses', 'values', 'hps', 'best', 'wait', 'count', 'nb_batches'
+_remembered = 'lrs', 'iters', 'losses', 'values', 'names', 'hps', 'best', 'wait', 'count', 'nb_batches'
 
 def _memories(learn):
     return {cb.name: dict(values={k: _plain(vars(cb)[k], torch.Tensor.item) for k in _remembered if k in vars(cb)},
@@ -124,10 +124,21 @@ def _galaxies_a_step(learn):
 def _identity(learn):
     "What makes this fit the one that it is, as lines"
     model, dls = get_model(learn.model), learn.dls
-    lines = {'network': [*repr(model).splitlines(), *(f'{k} of {tuple(v.shape)}' for k, v in model.state_dict().items())], 'epochs': [learn.n_epoch], 'galaxies': [_split_said(dls)],
-             'galaxies a step': [_galaxies_a_step(learn)], 'schedule': _schedule(learn), 'loss': [learn.loss_func], 'augmentation': str(getattr(dls.train, 'after_batch', '')).splitlines()}
+    lines = {'network': [*repr(model).splitlines(), *(f'{k} of {tuple(v.shape)}' for k, v in model.state_dict().items())],
+             'epochs': [learn.n_epoch], 'galaxies': [_split_said(dls)], 'galaxies a step': [_galaxies_a_step(learn)],
+             'recipe': _recipe_said(learn), 'schedule': _schedule(learn), 'loss': _loss_said(learn.loss_func),
+             'augmentation': str(getattr(dls.train, 'after_batch', '')).splitlines()}
     passing = re.compile(r" at 0x\w+|, device='[^']*'")             # what differs between two processes, and means nothing
     return {k: [passing.sub('', str(line)).strip() for line in v] for k, v in lines.items()}
+
+def _recipe_said(learn): return [f'{k} {v!r}' for k, v in vars(learn.recipe).items()] if hasattr(learn, 'recipe') else []
+
+def _loss_said(loss):
+    inner = getattr(loss, 'func', loss)                # fastai wraps PyTorch's losses
+    if not isinstance(inner, nn.Module): return [loss]
+    settings = {k: v for k, v in vars(inner).items() if isinstance(v, (int, float, str)) and k != 'training'}
+    numbers = {k: np.round(v.double().cpu().numpy(), 6).tolist() for k, v in inner.state_dict().items()}
+    return [loss, *(f'{k} {v}' for k, v in (settings | numbers).items())]
 
 # %% ../nbs/31_survive.ipynb #acdf60b1
 def _split_said(dls):

@@ -9,6 +9,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.vision.data import ImageBlock
+from astroformer_astro.calibration import Scaling, use_scaling
 from astroformer_astro.core import GalaxyDataError
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.data.images import GalaxySet
@@ -373,3 +374,10 @@ def test_every_set_of_regions(astro, regions):
 def test_ablation_can_be_stopped(astro):
     def stop(done, total): raise Stopped
     with pytest.raises(Stopped): ablate(Explainer(astro), 1, progress=stop)
+
+
+def test_predicted_classes_are_those_of_the_calibrated_network():
+    "A shift may change which class is the likeliest"
+    learn = learner(astroformer('astroformer_nano', img_size=64, classes=3), galaxies())
+    use_scaling(learn, Scaling('prior', (1.,), (0., 0., 9.)))
+    assert predicted_classes(learn, range(4)) == [Explainer(learn).predict(i).predicted for i in range(4)] == [learn.dls.vocab[2]]*4

@@ -502,3 +502,13 @@ def test_a_line_that_was_broken_off_anywhere_costs_only_itself(tmp_path):
         assert len(again.read()) == whole
         again.add(9, 'x', 'y', 'z')
         assert again.read().row.tolist() == [*range(whole), 9]
+
+
+def test_a_training_of_the_layers_without_statistics_is_noticed():
+    "fastai's optimisers change weights in a way that PyTorch does not count"
+    learn = astroformer_learner(loaders(), 'astroformer_nano', freeze_norms=True)
+    s = ExplorerState(learn, [0])
+    s.method = 'saliency'
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    s.update()
+    assert s.prediction.probabilities == Explainer(learn).predict(0).probabilities

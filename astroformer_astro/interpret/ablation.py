@@ -93,6 +93,9 @@ def _masks(regions, x, names): # Name to boolean array, and the shape that was n
         make = _choose(ablation_regions, regions, 'set of regions')
         shape = None if regions in ('neighbours', 'bands') else galaxy_shape(x)
         return make(x, shape, names), shape
+    if not isinstance(regions, dict):
+        raise GalaxyDataError(f"regions are {type(regions).__name__}; "
+                              f"give one of {', '.join(ablation_regions)}, or a dict of names to masks.")
     masks = {k: np.asarray(m, bool) for k, m in regions.items()}
     for k, m in masks.items():
         if m.shape not in (x.shape, x.shape[1:]): raise GalaxyDataError(f"region {k!r} is of {' x '.join(map(str, m.shape))} pixels; expected {' x '.join(map(str, x.shape[1:]))}.")

@@ -507,8 +507,13 @@ class Explainer:
 
 # %% ../../nbs/41_interpret.attribution.ipynb #059118e6
 def _own_baseline(baseline, picture):
-    start = torch.as_tensor(np.asarray(baseline) if not isinstance(baseline, torch.Tensor) else baseline).to(picture)
+    try: start = torch.as_tensor(np.asarray(baseline) if not isinstance(baseline, torch.Tensor) else baseline).to(picture)
+    except TypeError:
+        raise GalaxyDataError(f"a baseline is {type(baseline).__name__}; "
+                              f"give one of {', '.join(attribution_baselines)}, or a picture of your own.") from None
     if start.shape != picture.shape: raise GalaxyDataError(f"a baseline of your own is a picture of {' x '.join(map(str, picture.shape))}, not {' x '.join(map(str, start.shape))}.")
+    if not torch.isfinite(start).all():
+        raise GalaxyDataError(f'{int((~torch.isfinite(start)).sum())} pixels of your baseline are no numbers; fill them first.')
     return start
 
 def _number(classes, name): return _choose({c: i for i, c in enumerate(classes)}, name, 'class')
@@ -537,6 +542,7 @@ def attribute(self:Explainer,
 )->Attribution:
     "What each pixel did for the logit of `target`; raises `GalaxyDataError` for an unknown name or an unreadable item"
     began, explain = time.perf_counter(), _choose(attribution_methods, method, 'method')
+    if steps < 1 or window is not None and window < 1: raise GalaxyDataError(f'steps is {steps} and window {window}; give numbers from 1.')
     _check_weights(self.learn.model)
     x = read_picture(self.learn, item)
     p = _predict(self.learn, item, x)
@@ -544,8 +550,10 @@ def attribute(self:Explainer,
     start = self.reference(x, baseline, target if against is None else against, method in _many)
     values, delta, question = self._answer(explain, method, x[None], start, number, other, progress, dict(steps=steps, stage=stage, window=window, features=features, seed=seed))
     bare = method in _without
-    return Attribution(**vars(p), values=values[0].float().cpu().numpy(), target=target, method=method, baseline=None if bare else baseline if isinstance(baseline, str) else 'own',
-                       delta=delta, against=against, stage=stage, reference=None if bare else start.mean(0).cpu().numpy(), seconds=time.perf_counter() - began, pictures=question.done)
+    return Attribution(**vars(p), values=values[0].float().cpu().numpy(), target=target, method=method,
+                       baseline=None if bare else baseline if isinstance(baseline, str) else 'own',
+                       delta=delta, against=against, stage=stage if method == 'grad_cam' else None,
+                       reference=None if bare else start.mean(0).cpu().numpy(), seconds=time.perf_counter() - began, pictures=question.done)
 
 # %% ../../nbs/41_interpret.attribution.ipynb #323aaa42
 @patch
@@ -586,9 +594,10 @@ def predicted_classes(
     learn, # A fastai `Learner` of images
     items, # As for `read_picture`, any number of them
 )->list:
-    "Predicted class of each item; of none, an empty list"
+    "Predicted class of each item, through the calibration where there is one; of none, an empty list"
     items = list(items)
     if not items: return []
     with frozen(learn.model), torch.no_grad():
-        numbers = [learn.model(b[0].as_subclass(torch.Tensor)).argmax(1).tolist() for b in learn.dls.test_dl(items, num_workers=0)]
+        found = [learn.model(b[0].as_subclass(torch.Tensor)) for b in learn.dls.test_dl(items, num_workers=0)]
+        numbers = [_probabilities(learn, logits).argmax(1).tolist() for logits in found]
     return [learn.dls.vocab[i] for batch in numbers for i in batch]

@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter, shift as shifted
 from scipy.stats import rankdata
 from ..core import GalaxyDataError, atomic_path, require
 from .attention import attention_relevance, frozen
-from .attribution import (_enlarged, _standardise, attribution_baselines, attribution_methods, default_method, network_stages, picture_logits,
+from .attribution import (_enlarged, _probabilities, _standardise, attribution_baselines, attribution_methods, default_method, network_stages, picture_logits,
                                                      read_picture, valid_methods)
 from ..models.astroformer import Astroformer
 from ..models.inference import for_inference
@@ -202,7 +202,9 @@ def _with(learn, network): # The same learner with another network
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #b66dfacd
 def _targets(learn, pictures):
-    with frozen(learn.model), torch.no_grad(): return [int(picture_logits(learn, x[None]).argmax()) for x in pictures]
+    "Numbers of the predicted classes, through the calibration where there is one"
+    with frozen(learn.model), torch.no_grad():
+        return [int(_probabilities(learn, picture_logits(learn, x[None])).argmax()) for x in pictures]
 
 def randomisation_curve(
     learn, # A fastai `Learner` of images

@@ -211,6 +211,9 @@ def _verdict(p, width=24):
 
 _compared_with = dict(sky='an empty sky', black='no light', blur='a blurred copy')
 
+def _for(a, width=24): # Which class a map is about, and which it is contrasted with
+    return f'for {_label(a.target, width)}' + ('' if a.against is None else f'\nand not {_label(a.against, width)}')
+
 def _how(a):
     if a.delta is None: return a.method.replace('_', ' ')
     missed = f', {a.delta:.0%} missed' if a.delta >= .01 else ''
@@ -228,7 +231,7 @@ def plot_attribution(
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(6.4, 2.1, 3)
     draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
-    draw_heatmap(axs[1], heatmap, f'for {_label(a.target)}\n{_how(a)}', vmax)
+    draw_heatmap(axs[1], heatmap, f'{_for(a)}\n{_how(a)}', vmax)
     draw_contours(axs[2], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
     return fig
 
@@ -276,7 +279,7 @@ def plot_explanation(
     fig, axs = _figure(9.6 if maps else 7.9, 2.2, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
     draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
     draw_probabilities(axs[1], a)
-    draw_heatmap(axs[2], heatmap, f'for {_label(a.target)}\n{_how(a)}', vmax)
+    draw_heatmap(axs[2], heatmap, f'{_for(a)}\n{_how(a)}', vmax)
     draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
     if maps:
         values = maps.query(*query, block, head) if query else maps.average(block, head)
@@ -300,7 +303,7 @@ def plot_comparison(
     axs = fig.subplots(2, len(maps), squeeze=False)
     for (top, low), a, m, title in zip(axs.T, named.values(), maps, titles):
         draw_contours(top, a.image, gaussian_filter(m, smooth), title)
-        drawn = draw_heatmap(low, m, f'for {_label(a.target, 22)}\n{_how(a)}', vmax, bar=not common)
+        drawn = draw_heatmap(low, m, f'{_for(a, 22)}\n{_how(a)}', vmax, bar=not common)
     if common: heatmap_bar(drawn, axs[1])
     return fig
 

@@ -52,12 +52,18 @@ class Journal:
 
     def _whole_lines(self):
         text = self.path.read_bytes() if self.path.exists() else b''
-        return text[:text.rfind(b'\n') + 1].decode()
+        try: return text[:text.rfind(b'\n') + 1].decode()
+        except UnicodeDecodeError:
+            raise GalaxyDataError(f'{self.path} is not text in UTF-8 and no journal of decisions; '
+                                  'give another name, or a journal.') from None
 
     def read(self)->pd.DataFrame: # The `columns`, all text but `row`
         "All decisions so far, in the order in which they were made"
         lines = self._whole_lines() or ','.join(self.columns) + '\n'
-        return pd.read_csv(io.StringIO(lines), dtype=dict(row=int, galaxy=str, label=str, decision=str), keep_default_na=False)
+        try: return pd.read_csv(io.StringIO(lines), dtype=dict(row=int, galaxy=str, label=str, decision=str), keep_default_na=False)
+        except ValueError as e:
+            raise GalaxyDataError(f'{self.path} has a line that is no decision ({str(e).splitlines()[0]}); '
+                                  'mend it, or give another name.') from e
 
     def add(self,
         row:int, # Of the catalogue

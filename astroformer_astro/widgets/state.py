@@ -19,7 +19,7 @@ from traitlets import Any, Bool, Dict, Float, HasTraits, Int, Tuple, Unicode, ob
 from ..calibration import ConformalSets, current_scaling
 from ..core import GalaxyDataError
 from ..data.stretch import Stretch
-from ..interpret.attribution import Explainer
+from ..interpret.attribution import Explainer, _checksum
 
 # %% ../../nbs/50_widgets.state.ipynb #39cfc57c
 def sentence(
@@ -117,8 +117,7 @@ def fingerprint(
     learn, # A `Learner`
 )->tuple:
     "A value that changes whenever the weights, the network or the calibration do"
-    tensors = learn.model.state_dict(keep_vars=True).values()
-    return id(learn.model), id(getattr(learn, 'loss_func', None)), sum(0 if t.is_inference() else t._version for t in tensors)
+    return id(learn.model), id(getattr(learn, 'loss_func', None)), _checksum(learn.model)
 
 def snapshot(
     learn, # A `Learner`
