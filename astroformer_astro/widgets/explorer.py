@@ -140,7 +140,7 @@ def _row(*widgets): return require('ipywidgets', 'widgets').HBox(widgets, layout
 
 def _range(label, low, high, tell, choose): # A slider with two ends
     w = require('ipywidgets', 'widgets')
-    slider = w.FloatRangeSlider(value=(low, high), min=low, max=high, step=(high - low)/100, description=label, readout_format='.2g', continuous_update=False,
+    slider = w.FloatRangeSlider(value=(low, high), min=low, max=high, step=(high - low)/100, description=label, readout_format='.2f', continuous_update=False,
                                 style={'description_width': '80px'}, layout={'width': '330px'})
     slider.observe(guarded(tell, lambda change: choose(change['new'])), 'value')
     return slider
