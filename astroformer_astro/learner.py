@@ -190,13 +190,15 @@ def recipe_stages(self:Learner,
 @patch
 def fit_recipe(self:Learner,
     epochs:int=0, # Epochs of all layers; those of the recipe by default
+    cbs=None, # More callbacks for all stages, such as `survive('run')`
 ):
     "Train by `self.recipe`, stage by stage"
-    for s in self.recipe_stages(epochs):
-        self.freeze_to(s.frozen)
-        lr = slice(s.lr/s.lr_mult, s.lr) if s.lr_mult != 1 else s.lr
-        if self.recipe.schedule == 'flat_cos': self.fit_flat_cos(s.epochs, lr)
-        else: self.fit_one_cycle(s.epochs, lr, **s.fit)
+    with self.added_cbs(L(cbs)):
+        for s in self.recipe_stages(epochs):
+            self.freeze_to(s.frozen)
+            lr = slice(s.lr/s.lr_mult, s.lr) if s.lr_mult != 1 else s.lr
+            if self.recipe.schedule == 'flat_cos': self.fit_flat_cos(s.epochs, lr)
+            else: self.fit_one_cycle(s.epochs, lr, **s.fit)
 
 # %% ../nbs/32_learner.ipynb #5470af7f
 def evaluate(

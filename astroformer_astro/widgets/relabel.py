@@ -6,7 +6,7 @@
 __all__ = ['doubtful', 'Journal', 'RelabelState', 'relabel_figure', 'relabel_view', 'Relabel']
 
 # %% ../../nbs/53_widgets.relabel.ipynb #6bc5d26e
-import csv, io, os
+import csv, html, io, os
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -185,7 +185,7 @@ def relabel_view(
         now, decided = state.current, state.decisions.get(int(state.current.row))
         picture.value = to_png(relabel_figure(state))
         for c, b in buttons.items(): b.button_style = 'success' if c == decided else 'info' if decided is None and c == now.suggested else ''
-        verdict = '' if decided is None else f' · decided: <b>{short_name(decided) or "cannot tell"}</b>'
+        verdict = '' if decided is None else f' · decided: <b>{html.escape(short_name(decided)) or "cannot tell"}</b>'
         said.value = f'{state.index + 1} of {len(state.todo)}, {sum(int(r) in state.decisions for r in state.todo.row)} decided · {now.why}{verdict}'
     def say(change=None): line.value = message_html(state.error)
     state.observe(draw, ['index', 'decisions']); state.observe(say, 'error'); draw(), say()
