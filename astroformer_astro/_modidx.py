@@ -668,6 +668,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'astroformer_astro/data/fits.py'),
                                              'astroformer_astro.data.fits._sky_wcs': ( 'data.fits.html#_sky_wcs',
                                                                                        'astroformer_astro/data/fits.py'),
+                                             'astroformer_astro.data.fits._solid': ( 'data.fits.html#_solid',
+                                                                                     'astroformer_astro/data/fits.py'),
                                              'astroformer_astro.data.fits._source': ( 'data.fits.html#_source',
                                                                                       'astroformer_astro/data/fits.py'),
                                              'astroformer_astro.data.fits._steps': ( 'data.fits.html#_steps',
