@@ -168,3 +168,35 @@ def test_an_empty_word_is_no_class(gap, tmp_path):
 def test_a_column_that_is_there_twice(tmp_path):
     table = pictures(tmp_path, label=['merger', 'spiral']*20)
     with pytest.raises(GalaxyDataError, match="two columns 'label'"): GalaxyDataLoaders.from_catalog(pd.concat([table, table[['label']]], axis=1), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize('label, said', [(pd.Timestamp('2020-01-01'), "Timestamp"), (['a'], "'a'"), (float('inf'), "inf")])
+def test_a_label_that_is_no_class_is_one_sentence(tmp_path, label, said):
+    table = pictures(tmp_path, label=list('ab')*20).astype(dict(label=object))
+    table.at[7, 'label'] = label
+    load = lambda table, **kwargs: GalaxyDataLoaders.from_catalog(table, tmp_path, size=32, progress=False, device='cpu', **kwargs)
+    with pytest.raises(GalaxyDataError, match=f'row 7: its class is .*{said}.*, expected a name or a number'): load(table)
+    assert load(table, bad='skip').galaxies.skipped.row.tolist() == [7]
+    with pytest.raises(GalaxyDataError, match=f'40 of 40 rows.*{said}'): load(table.assign(label=pd.Series([label]*40)))
+    survey = images.read_catalog(table.assign(label=list('ab')*20), tmp_path, size=32, progress=False)
+    survey.catalog['label'] = pd.Series([label, 'a']*20, dtype=object)
+    with pytest.raises(GalaxyDataError, match='row 0 .*is not among the classes'): GalaxyDataLoaders.from_galaxies(survey, device='cpu')
+
+
+def test_one_picture_many_times_is_called_copies(tmp_path):
+    table = pictures(tmp_path, label=list('ab')*20).assign(file='3.png')
+    with pytest.raises(GalaxyDataError, match='all 40 images are copies of each other'): GalaxyDataLoaders.from_catalog(table, tmp_path, size=32, progress=False)
+
+
+def test_blank_pictures_of_a_file_are_named(tmp_path, capsys):
+    path = synth_galaxy10(tmp_path/'s.h5', n=80, size=32, seed=0)
+    with h5py.File(path, 'a') as f:
+        pixels = f['images'][:]
+        pixels[5], pixels[77] = 0, 255
+        f['images'][:] = pixels
+    with pytest.warns(UserWarning, match='2 images of .*s.h5 are blank .rows 5, 77.'): dls = GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu')
+    dls.summary()
+    assert '2 blank images (rows 5, 77)' in capsys.readouterr().out
+    with h5py.File(path, 'a') as f: f['images'][:] = 0
+    with pytest.raises(GalaxyDataError, match='all 80 images are copies of each other'), pytest.warns(UserWarning, match='80 images'):
+        GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu')

@@ -9,7 +9,7 @@ from astropy.wcs import WCS
 from hypothesis import given, settings, strategies as st
 
 from astroformer_astro.core import GalaxyDataError
-from astroformer_astro.data.fits import FitsImage, FitsReader, fits_cutout, read_fits, read_fits_catalog
+from astroformer_astro.data.fits import FitsImage, FitsReader, _unfilled, fits_cutout, read_fits, read_fits_catalog
 from astroformer_astro.synth import synth_galaxy
 
 real = Path(__file__).parents[2]/'shared'/'data'/'fits'
@@ -338,10 +338,10 @@ def test_pixels_on_an_asinh_scale_are_no_flux(tmp_path, sky):
     with pytest.raises(GalaxyDataError, match='asinh scale'): read_fits(path)
 
 
-@pytest.mark.parametrize('value, kind', [(0, 'i2'), (7, 'i2'), (7, 'f4')])
-def test_a_blank_image_is_refused_as_a_blank_picture_is(tmp_path, value, kind):
+@pytest.mark.parametrize('value, kind, said', [(0, 'i2', '100% exactly zero'), (7, 'i2', 'is blank'), (7, 'f4', 'is blank')])
+def test_a_blank_image_is_refused_as_a_blank_picture_is(tmp_path, value, kind, said):
     fits.writeto(path := tmp_path/'blank.fits', np.full((2, 64, 64), value, kind), header())
-    with pytest.raises(GalaxyDataError, match='is blank'): read_fits(path)
+    with pytest.raises(GalaxyDataError, match=said): read_fits(path)
 
 
 @pytest.mark.parametrize('mask, weight', [('MSK', 'WGT'), ('DQ', 'AREA')])
@@ -365,3 +365,38 @@ def test_a_pattern_that_cannot_be_filled_in_is_one_sentence(tmp_path, sky):
 def test_a_wheel_with_an_empty_slot_does_not_name_the_planes_of_a_cube(tmp_path, sky):
     fits.writeto(path := tmp_path/'a.fits', sky[:2], header(FILTER1='CLEAR1L', FILTER2='F814W'))
     assert read_fits(path).bands == ('1', '2') and read_fits(path, ['F606W', 'F814W']).bands == ('F606W', 'F814W')
+
+
+@pytest.mark.parametrize('middle', [3., np.nan, 0.])
+def test_a_band_without_a_signal_is_refused_by_name(tmp_path, sky, middle):
+    cube = np.stack([sky[0], np.full((64, 64), middle, 'f4'), sky[1]])
+    fits.writeto(path := tmp_path/'gal.fits', cube, header(BANDS='grz'))
+    assert read_fits(path).mask.mean((1, 2)).tolist() == [0, 1, 0] and 'nothing was measured in r' in read_fits(path).summary()
+    for invalid in ('fill', 'channel', 'refuse'):
+        with pytest.raises(GalaxyDataError, match='gal.fits: 100.0% of band r .*max_masked'): FitsReader(64, invalid=invalid)(path)
+    assert FitsReader(64, 'gz')(path).shape == (64, 64, 2)
+    assert (FitsReader(64, max_masked=1)(path)[..., 1] == 0).all()
+
+
+def test_the_share_that_was_not_measured_is_limited_in_each_band(tmp_path, sky):
+    cube = sky[:3].copy()
+    cube[1, :52] = np.nan
+    fits.writeto(path := tmp_path/'gal.fits', cube, header(BANDS='grz'))
+    with pytest.raises(GalaxyDataError, match='81.2% of band r .*at most 75%'): FitsReader(64)(path)
+    assert FitsReader(64, max_masked=.9)(path).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize('kind', ['i2', 'i4', 'u2', 'f4'])
+@pytest.mark.parametrize('width', [6, 32])
+def test_borders_of_zeros_are_masked_in_whole_numbers_too(tmp_path, kind, width):
+    counts = np.random.default_rng(0).poisson(3, (64, 64)).astype(kind)
+    counts[:, :width] = 0
+    fits.writeto(path := tmp_path/'gal.fits', counts, header())
+    assert read_fits(path).masked == pytest.approx(width/64, abs=.005)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(.02, 5), st.integers(0, 999))
+def test_few_counts_are_measurements(rate, seed):
+    counts = np.random.default_rng(seed).poisson(rate, (64, 64)).astype('f4')
+    assert _unfilled(counts, False).mean() < .005

@@ -340,3 +340,12 @@ def test_a_position_of_another_shape_is_not_dropped_without_a_word(key, shape, t
         f['images'], f['ans'] = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3), np.uint8), np.arange(12, dtype=np.uint8) % 10
         for k in ('ra', 'dec', 'redshift', 'pxscale'): f[k] = np.zeros(shape if k == key else 12)
     with pytest.raises(GalaxyDataError, match=f"'{key}' of .*s.h5 is float64 .*one number for each of the 12 images"): read_hdf5(path, size=8, progress=False)
+
+
+@pytest.mark.parametrize('scale', [0, -1, np.inf])
+def test_a_pixel_scale_that_is_none_is_refused(tmp_path, scale):
+    pack(survey(), path := tmp_path/'s.h5', progress=False)
+    with h5py.File(path, 'a') as f: f['pxscale'] = [.262]*4 + [scale] + [np.nan]*7
+    with pytest.raises(GalaxyDataError, match="1 of the 12 rows of .*s.h5 .*row 4: pxscale is .*expected arcsec per pixel"): read_hdf5(path, 8, progress=False)
+    with h5py.File(path, 'a') as f: f['pxscale'][4] = .5
+    assert read_hdf5(path, 8, progress=False).catalog.pxscale.notna().sum() == 5

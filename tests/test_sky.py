@@ -301,3 +301,15 @@ def test_real_galaxies():
     south, north = split_by_column(cat, 'dec', above=32.375)
     assert (len(south), len(north)) == (2015, 715)
     with pytest.raises(GalaxyDataError, match="'redshift' is empty in 181 rows"): split_by_column(cat, 'redshift', above=.02)
+
+
+def test_a_split_says_that_labels_have_changed(tmp_path):
+    cat = pd.DataFrame(dict(ra=np.arange(20.), dec=0., label=list('ab')*10))
+    save_split(path := tmp_path/'s.ecsv', cat, dict(train=range(15), valid=range(15, 20)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        parts = load_split(path, cat.iloc[::-1].reset_index(drop=True))
+        load_split(path, cat.drop(columns='label'))
+    assert parts['valid'].tolist() == list(range(5))
+    with pytest.warns(UserWarning, match='10 of the 20 galaxies have another label than in .*s.ecsv .*row 1 is .z., was .b.'):
+        load_split(path, cat.replace(dict(label=dict(b='z'))))

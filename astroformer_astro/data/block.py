@@ -20,7 +20,7 @@ from ..core import GalaxyDataError, best_device, short_name
 from .augment import GalaxyAugment, GalaxyTransform
 from .fits import FitsReader, fit_stretch, read_fits_catalog
 from .hdf5 import file_rows, read_hdf5
-from .images import GalaxySet, PictureReader, _listed, _named, _plain, _short, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
+from .images import GalaxySet, PictureReader, _first, _listed, _named, _plain, _short, check_columns, check_number, check_whole, open_catalog, position_columns, read_catalog, read_table, to_cutout
 from PIL import Image
 from .sky import _arcsec_said, cutout_separation, duplicates, joined_groups, row_numbers, row_splitter, same_pixels, sky_groups, split_galaxies
 from .stretch import Stretch
@@ -262,6 +262,7 @@ class _GalaxyLoaders(_KnownGalaxies):
         "Split without leaks, measure the statistics, and build the loaders"
         _check_settings(bs, valid_pct, seed, separation, num_workers, augment, y, stats)
         if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))         # as a packed survey has it
+        if isinstance(y, str): _check_labels(galaxies)
         position = position_columns(galaxies.catalog)
         groups, separation, why, copies = _groups(galaxies, position, separation)
         with _after_skipping(galaxies): train, valid = split_rows(galaxies.catalog, groups, train, valid, valid_pct, seed)
@@ -279,6 +280,12 @@ class _GalaxyLoaders(_KnownGalaxies):
         return made
 
 # %% ../../nbs/15_data.block.ipynb #dfef52b1
+def _check_labels(galaxies):
+    "Raise `GalaxyDataError` for a label that is no class; what is missing is left to the split"
+    for i, label in enumerate(galaxies.catalog.label):
+        if label not in galaxies.classes and not pd.isna([label]).all():
+            raise GalaxyDataError(f'row {i} of {galaxies.source} has the label {_short(label)}, which is not among the classes ({_first(galaxies.classes)}); correct it, or leave the row out.')
+
 def _labels(galaxies, y):
     "The block of the labels; the label of each galaxy; and its class number or its shares of votes as an array"
     classes, labels = list(galaxies.classes), galaxies.catalog.label
@@ -302,6 +309,7 @@ def _after_skipping(galaxies):
 def _groups(galaxies, position, separation):
     "The group of each galaxy, by the sky and by equal pixels, `None` where nothing links any; the separation, and why; and which images are the same"
     copies = same_pixels(galaxies.images) if np.any(separation != 0) else np.arange(len(galaxies))
+    if len(copies) > 1 and not copies.any(): raise GalaxyDataError(f'all {len(copies)} images are copies of each other, pixel for pixel; look at what {galaxies.source} holds or names.')
     separation, why = _apart(galaxies, separation)
     if position: return joined_groups(sky_groups(*position, separation), copies), separation, why, copies
     return copies if copies.max() + 1 < len(galaxies) else None, separation, '', copies

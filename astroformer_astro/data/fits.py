@@ -218,9 +218,15 @@ def _unfilled(band, floating, least=32):
     "`H x W`, True where a band holds no measurement: not finite, absurd, or in a group of at least `least` exact zeros"
     bad = ~(np.abs(band) < 1e18)
     zero = band == 0
-    if not floating or zero.sum() < least: return bad
+    if zero.sum() < least: return bad
+    if not floating: return bad | _solid(zero)
     group, n = ndimage.label(zero)
     return bad | (np.bincount(group.ravel(), minlength=n + 1) >= least)[group] & zero
+
+def _solid(zero, side=5):
+    "`H x W`, True in squares of zeros that counts do not leave by chance: nowhere, where most of the other pixels are zero too"
+    block = ndimage.binary_opening(zero, np.ones((side, side)))
+    return block & (block.all() or zero[~block].mean() < .5)
 
 # %% ../../nbs/12_data.fits.ipynb #c0703981
 def _steps(wcs, x, y):
@@ -394,8 +400,9 @@ def _read_hdu(hdus, i, masks, path, wanted=(), sure=False, unit='auto', zeropoin
     mask = np.stack([_unfilled(b, hdu.header['BITPIX'] < 0) for b in data]) | _masked_by(hdus, hdu, masks, window, path)
     if mask.all():
         raise GalaxyDataError(f'holds no measurement in extension {i}: {np.isnan(data).mean():.0%} of its pixels are NaN, {(data == 0).mean():.0%} exactly zero')
-    if not any(np.ptp(b[~bad]) for b, bad in zip(data, mask) if not bad.all()):
-        raise GalaxyDataError(f'is blank in extension {i}: every pixel of a band is {data[~mask][0]:g}')
+    blank = np.array([bad.all() or np.ptp(b[~bad]) == 0 for b, bad in zip(data, mask)])
+    if blank.all(): raise GalaxyDataError(f'is blank in extension {i}: every pixel of a band is {data[~mask][0]:g}')
+    mask[blank] = True
     head = ChainMap(hdu.header, hdus[0].header)
     if 'BSOFTEN' in head and 'BOFFSET' in head:
         raise GalaxyDataError('has pixels on an asinh scale (BSOFTEN and BOFFSET, as the stacks of Pan-STARRS); bring them to flux, and take these two keywords out of the header')
@@ -561,6 +568,7 @@ def read_fits(
     _check_flux(unit, zeropoint)
     images = _read_files(paths, bands, ext=ext, unit=unit, zeropoint=zeropoint, around=around, checksum=checksum)
     image = _choose(align_bands(_numbered(images)), bands)
+    if lost := [b for b, bad in zip(image.bands, image.mask) if bad.all()]: image.notes += f"nothing was measured in {' '.join(lost)}",
     if unit in ('auto', 'keep', image.unit): return image
     raise GalaxyDataError(f"{image.source} is in '{image.unit}' where '{unit}' is wanted; give its zero point (zeropoint=) if the header does not")
 
@@ -627,7 +635,7 @@ class _FitsSettings:
     bands:tuple=() # Bands, in order; those of the file, blue to red, by default
     pxscale:float=None # arcsec per pixel, as in `fits_cutout`
     invalid:str='fill' # What becomes of pixels without a measurement: `fill` with the sky; `channel`: the same, and a band `mask` that is 1 there; `refuse` the galaxy
-    max_masked:float=None # Share of pixels that may be without; by default 0.75, and 0 with `refuse`
+    max_masked:float=None # Share of the pixels of a band that may be without; by default 0.75, and 0 with `refuse`; 1 lets a band be missing
     ext:object=None # As in `read_fits`
     unit:str='auto' # As in `read_fits`
     zeropoint:object=None # As in `read_fits`
@@ -695,7 +703,9 @@ class FitsReader(_FitsSettings):
     )->np.ndarray: # `size x size x bands`, float32, the first row at the top, handed as the sky is
         "The array, by the policy for pixels without a measurement"
         most = self.max_masked if self.max_masked is not None else 0 if self.invalid == 'refuse' else .75
-        if cutout.masked > most: raise GalaxyDataError(f'{cutout.source}: {cutout.masked:.1%} of the cut-out was not measured; at most {most:.0%} is allowed (max_masked)')
+        shares = cutout.mask.mean((1, 2))
+        if (share := shares.max()) > most:
+            raise GalaxyDataError(f'{cutout.source}: {share:.1%} of band {cutout.bands[shares.argmax()]} of the cut-out was not measured; at most {most:.0%} is allowed (max_masked)')
         bands = [*cutout.data]
         if self.invalid == 'channel': bands.append(cutout.mask.any(0))
         mirrored = cutout.wcs is not None and np.linalg.det(cutout.wcs.celestial.pixel_scale_matrix) > 0

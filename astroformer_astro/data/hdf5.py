@@ -17,7 +17,7 @@ from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
-from .images import GalaxySet, bar, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
+from .images import GalaxySet, _first, _named, _wrong_numbers, bar, blank_rows, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
 
 # %% ../../nbs/11_data.hdf5.ipynb #a95748d8
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError
@@ -129,12 +129,18 @@ def _key(name, i):
     "The dataset of column `i`: its own name, unless that cannot be one"
     return f'column {i}' if name in (*_not_columns, '', '.') or '/' in name or '\0' in name else name
 
+def _check_scale(name, cat):
+    "Raise `GalaxyDataError` for a pixel scale that is none; NaN is an unknown one"
+    problems = pd.DataFrame(list(_wrong_numbers(cat.filter(['pxscale']))[0].items()), columns=['row', 'problem'])
+    if len(problems): raise GalaxyDataError(f"{len(problems)} of the {len(cat)} rows of {name} cannot be used ({_named(problems)}); correct them, or write NaN where it is not known.")
+
 def _catalog(f, classes):
     "The columns of an open file in their order, and the class of each row as `label`"
     order = json.loads(_text(f.attrs.get('columns', '["label"]')))
     keys = {name: _key(name, i) for i, name in enumerate(order) if name != 'label'}
     keys |= {k: k for k in f if k not in (*_not_columns, *keys.values()) and _is_column(f.get(k), len(f['ans']))}
     cat = pd.DataFrame({name: _column(f[k]) for name, k in keys.items()})
+    _check_scale(f.filename, cat)
     cat.insert(order.index('label'), 'label', np.array(classes)[_values(f['ans'])])
     return cat
 
@@ -468,8 +474,11 @@ def _galaxies(f, layout, size, source, progress, verify):
         print(f"the column 'redshift' of {source} is a copy of 'dec'; it is taken as missing.")
         cat['redshift'] = np.nan
     if 'pxscale' in cat: cat['pxscale'] *= layout.px/size
+    pixels = _pixels(f['images'], layout, size, progress)
+    if blank := blank_rows(pixels):
+        warnings.warn(f"{len(blank)} images of {source} are blank (rows {_first(blank)}): all their pixels have one value; leave them out with the method take of what read_hdf5 returns.", stacklevel=4)
     stretch, reader, skipped = (json.loads(_text(f.attrs.get(k, 'null'))) for k in ('stretch', 'reader', 'skipped'))
-    return GalaxySet(_pixels(f['images'], layout, size, progress), cat, layout.classes, str(source), pd.DataFrame(skipped or []),
+    return GalaxySet(pixels, cat, layout.classes, str(source), pd.DataFrame(skipped or []),
                      bands=layout.bands, stretch=stretch and _stretch(stretch), reader=reader)
 
 def _pixels(images, layout, size, progress):

@@ -452,7 +452,7 @@ def load_split(
     catalog:pd.DataFrame, # The same galaxies, in any order
     id_column:str=None, # What the catalogue calls the column of identifiers; by default as when the split was saved
 )->dict: # From the name of each part to its rows in this catalogue, sorted
-    "The rows of a saved split in a catalogue; raises `GalaxyDataError` unless that has the same galaxies"
+    "The rows of a saved split in a catalogue; raises `GalaxyDataError` unless that has the same galaxies, and warns where their labels are others"
     table, saved, part = _read_split(path)
     identity = _identity(catalog, id_column or table.meta['id_column'])
     if list(identity) != list(saved): raise GalaxyDataError(f'{path} tells galaxies apart by ra and dec; load it without id_column=.')
@@ -461,8 +461,17 @@ def load_split(
     surplus = np.bincount(cat, minlength=galaxy.max()+1) - np.bincount(file, minlength=galaxy.max()+1)
     lacks, more = _names(saved)[surplus[file] < 0].unique(), _names(identity)[surplus[cat] > 0].unique()
     if len(lacks) or len(more): raise GalaxyDataError(f"{path} is a split of other galaxies: the catalogue lacks {_some(lacks)} of its galaxies and has {_some(more)} that it does not list; load it with the catalogue it was made for.")
+    if 'label' in catalog and 'label' in table.colnames: _tell_changed(path, file, np.ma.filled(table['label'].astype(str), '').tolist(), cat, catalog.label.astype(str))
     part = pd.Series(part).groupby(file).first()[cat].to_numpy()
     return {p: np.flatnonzero(part == p) for p in table.meta['parts']}
+
+def _tell_changed(path, file, before, cat, now):
+    "Warn of rows whose label is none that the split file has for the galaxy; `file` and `cat` number the galaxies of both tables"
+    stored = set(zip(file, before))
+    changed = [i for i, pair in enumerate(zip(cat, now)) if pair not in stored]
+    if not changed: return
+    i, was = changed[0], dict(zip(file, before))
+    warnings.warn(f'{len(changed)} of the {len(cat)} galaxies have another label than in {path} (row {i} is {now.iloc[i]!r}, was {was[cat[i]]!r}); results with other labels are not those of the split that is cited.', stacklevel=3)
 
 def _some(names): return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if len(names) else '0'
 
