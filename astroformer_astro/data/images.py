@@ -141,7 +141,7 @@ class GalaxySet:
                  '  ' + ', '.join(f'{c} {n.get(c, 0)}' for c in self.classes)]
         lines += [f"  {' and '.join(map(repr, same))} differ only in case or blanks and are separate classes; give them one name if they are one class" for same in _alike(self.classes)]
         if 'pxscale' in self.catalog: lines.append(f'  {_range(self.catalog.pxscale)} arcsec/px')
-        if self.unit: lines.append(f'  flux in {self.unit}')
+        if self.unit: lines.append(f"  flux in {'an unknown unit' if self.unit == 'unknown' else self.unit}")
         if 'masked' in self.catalog and (n := int((self.catalog.masked > .05).sum())): lines.append(f'  {n} with more than 5 % of their pixels not measured, at most {self.catalog.masked.max():.1%}')
         if 'redshift' in self.catalog: lines.append(f'  {int(self.catalog.redshift.isna().sum())} without a redshift')
         if blank := blank_rows(self.images): lines.append(f"  {len(blank)} blank image{'s'*(len(blank) > 1)} (row{'s'*(len(blank) > 1)} {_first(blank)})")
