@@ -154,6 +154,8 @@ def _usage():
     lines = [f'  {v:15} {(Job if f is train else f).__doc__}' for v, f in _verbs.items()]
     return '\n'.join(['usage: astroformer VERB [options], and VERB --help for its options', ''] + lines)
 
+_going_on = ' The same words with --resume (make: RESUME=1) go on from the last whole epoch.'
+
 def main(
     argv=None, # Words of the command line; those of the process by default
 )->int: # Exit status
@@ -174,7 +176,7 @@ def main(
         print(f'astroformer {verb}: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f'astroformer {verb}: stopped.' + _going_on*(f is train), file=sys.stderr)
+        print(f'astroformer {verb}: stopped.' + (_going_on if f is train else ''), file=sys.stderr)
         return 130
     return 0
 

@@ -133,3 +133,10 @@ def test_unwritable_output(refused, good, out): refused('--data', good, out=out,
 def test_nothing_is_left_behind(refused, tmp_path):
     refused('--data', 'nowhere.h5', words=['does not exist'])
     assert not list((tmp_path/'out').iterdir())
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def stopped(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr('astroformer_astro.cli.run_job', stopped)
+    assert main(['train', '--out', str(tmp_path)]) == 130
+    assert 'stopped. The same words with --resume' in capsys.readouterr().err
