@@ -23,8 +23,8 @@ from .data.images import read_catalog
 from .job import fit, write_json
 from .learner import astroformer_learner, evaluate
 from .metrics import summary_metrics
-from .models.astroformer import astroformer, model_cfgs
-from .models.checkpoint import to_timm
+from .models.astroformer import Astroformer, astroformer, model_cfgs
+from .models.checkpoint import save_astroformer, to_timm
 from .models.inference import for_inference, onednn_fuses
 from .recipe import name_and_fields
 from .synth import synth_arrays, synth_galaxy10
@@ -109,6 +109,7 @@ def bench_accuracy(
     epochs:int=0, # Epochs; 0 for as many as show 50,000 galaxies
     size:int=64, # Side of the cut-outs, px
     members:int=1, # Networks of a run, which are asked together
+    keep:str=None, # Folder to keep the weights of ours in
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
     "Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file"
@@ -117,6 +118,7 @@ def bench_accuracy(
         seed_everything(seed)
         learn = _bench_learner(GalaxyDataLoaders.from_galaxies(galaxies, seed=42), arch)
         fit(learn, epochs)
+        if keep and isinstance(learn.model, Astroformer): save_astroformer(learn, Path(keep)/'_'.join([*re.findall(r'[\w.]+', arch), str(seed)]))
         return learn
     for seed, arch in product(range(seeds), map(str.strip, archs.split(','))):
         learners = []

@@ -342,7 +342,8 @@ def use_scaling(
     vars(loss).pop('activation', None)
     if scaling is not None:
         loss.activation = scaling
-        if not any(isinstance(cb, ForgetCalibration) for cb in learn.cbs): learn.add_cb(ForgetCalibration())
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ForgetCalibration)])
+        learn.add_cb(ForgetCalibration(_last_layer(learn)))
     learn.loss_func = loss
     return scaling
 
@@ -353,12 +354,25 @@ def current_scaling(
     found = getattr(learn.loss_func, 'activation', None)
     return found if isinstance(found, Scaling) else None
 
+def _last_layer(learn): # Its weights, as a number each
+    return [p.detach().double().sum().item() for p in list(learn.model.parameters())[-2:]]
+
 class ForgetCalibration(Callback):
-    "Drop the calibration where training begins"
+    "Drop the calibration where training begins, and where other weights were loaded"
+    def __init__(self,
+        last_layer, # Sums of the weights that it was fitted to
+    ): self.last_layer = last_layer
+
     def before_train(self): # before_fit is called for predictions too
-        if hasattr(self.learn, 'lr_finder') or current_scaling(self.learn) is None: return       # which puts the weights back
+        if not hasattr(self.learn, 'lr_finder'): self._drop('training makes the calibration invalid')          # which puts the weights back
+
+    def before_validate(self):
+        if not np.allclose(self.last_layer, _last_layer(self.learn), rtol=1e-6): self._drop('the calibration is of other weights than these')
+
+    def _drop(self, why):
+        if current_scaling(self.learn) is None: return
         use_scaling(self.learn, None)
-        warnings.warn('training makes the calibration invalid, and it was dropped; calibrate again afterwards.')
+        warnings.warn(f'{why}, and it was dropped; calibrate again.')
 
 # %% ../nbs/31_calibration.ipynb #868a0471
 @dataclass

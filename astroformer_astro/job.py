@@ -121,6 +121,7 @@ class Job:
     recipe:str=None # How to train: a recipe and what to change, as in "scratch_few mixup=.2"; by default scratch_few, or finetune with pretrained
     calibration:str='auto' # Of the probabilities, on the held-out galaxies: a kind of `calibrate`, or `none`; by default the kind that it chooses
     coverage:float=.9 # How often the sets of classes are to hold the true one
+    by_class:bool=False # Hold each class that often, and not only all together; with few galaxies of a class its sets become large
     device:str='auto' # Where to compute: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best that there is
     precision:str='auto' # `full`, `bf16` or `fp16`; by default as the device does it best
     compile:bool=False # Compile the network while it trains
@@ -298,7 +299,7 @@ def judge(
     "Calibrate on the held-out galaxies, and score them by calibrations that did not see them"
     if job.calibration == 'none': return held_out(learn), 'it was not asked for'
     try:
-        calibrate(learn, **({} if job.calibration == 'auto' else dict(kind=job.calibration)), coverage=job.coverage)
+        calibrate(learn, **({} if job.calibration == 'auto' else dict(kind=job.calibration)), coverage=job.coverage, by_class=job.by_class)
         return held_out(learn), ''
     except GalaxyDataError as e:
         use_scaling(learn, None)

@@ -18,7 +18,7 @@ from .calibration import Scaling, _images, use_scaling
 from .curves import Curves
 from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
 from .data.block import GalaxyDataLoaders
-from .device import Autocast, Compiled, choose_precision
+from .device import Autocast, Compiled, choose_precision, keep_memory
 from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, AstroformerCfg, astroformer, model_cfgs
 from .models.checkpoint import load_astroformer, load_pretrained
@@ -133,6 +133,7 @@ def astroformer_learner(
     precision = choose_precision(dls.device, precision)
     cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + Curves() + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
+    keep_memory()
     learn = Learner(dls, model, _loss(dls, r, confusion), opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
                     train_bn=not r.freeze_norms, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
     learn.recipe, learn.precision, learn.compiled = r, precision, compile
@@ -232,6 +233,7 @@ def load_astroformer_learner(
     device=None, # Where to predict; the GPU where there is one
 )->Learner:
     "A learner that predicts, from weights and card, without the galaxies it was trained on"
+    keep_memory()
     model = load_astroformer(path)
     if not model.card['classes']:
         raise GalaxyDataError(f'{path} holds a network that knows no classes, as after pretraining; '

@@ -6,7 +6,7 @@
 __all__ = ['training_state', 'restore_training', 'Checkpoint', 'LossGuard', 'MemoryGuard', 'survive']
 
 # %% ../nbs/31_survive.ipynb #28b413d6
-import hashlib, io, os, random, re, warnings
+import hashlib, io, os, random, re, signal, threading, warnings
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import CancelFitException, Recorder
+from fastai.learner import CancelBatchException, CancelFitException, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib, to_device
+from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -78,7 +78,7 @@ def _load_optimiser(opt, state, device):
 
 # %% ../nbs/31_survive.ipynb #fc47a214
 def training_state(
-    learn, # A `Learner` between two epochs of a fit
+    learn, # A `Learner` between two epochs or two batches of a fit
 )->dict: # Tensors, numbers, strings, lists and dicts
     "All that the rest of a training depends on, besides the galaxies and the calls that the user makes"
     state = dict(model=get_model(learn.model).state_dict(), optimiser=learn.opt.state_dict(), gradients=_gradients(learn), callbacks=_memories(learn),
@@ -195,11 +195,18 @@ class Checkpoint(_Plainly):
     ):
         self.file, self.resume = Path(folder)/'checkpoint.pt', resume
         self.number, self.running, self.skipped, self.pending, self.kept, self.runs = -1, False, 0, None, None, []
+        self.stop, self.within = False, None           # whether Ctrl-C was pressed; a state within the epoch, to go on from
 
     def before_train(self):
         if self.first: self._begin()
         if self.pending is None: self._save(self.epoch)
         else: self._go_on()
+        self.beginning = self.within['place']['generators'] if self.within else _plain(_generators(self.dls))
+        if self.stop: raise KeyboardInterrupt
+
+    def before_batch(self):
+        if self.within: self._pass_over()
+        if self.stop: self._save(self.epoch, place=_place(self.learn, self.beginning)); raise KeyboardInterrupt
 
     def before_epoch(self):
         self.learn.epoch += self.skipped
@@ -210,22 +217,25 @@ class Checkpoint(_Plainly):
     def after_fit(self):
         if self.running: self._save(self.epoch + 1, ended=True)
         self.running, self.skipped = False, 0
+        self._listen(False)
+        if self.stop: raise KeyboardInterrupt
 
 # %% ../nbs/31_survive.ipynb #e72aa38e
 @patch
 def _begin(self:Checkpoint):
     self.number = 0 if self.running else self.number + 1
-    self.first, self.running, self.skipped = False, True, 0
+    self.first, self.running, self.skipped, self.stop, self.within = False, True, 0, False, None
+    self._listen(True)
     if self.number == 0: self.runs, self.pending = [], _read(self.file) if self.resume and self.file.exists() else None
     self.runs.append(_identity(self.learn))
     if self.pending: _refuse_other(self.file, self.pending['runs'][self.number], self.runs[-1])
 
 # %% ../nbs/31_survive.ipynb #7c6e4181
 @patch
-def _save(self:Checkpoint, epoch, ended=False):
+def _save(self:Checkpoint, epoch, ended=False, place=None):
     if rank_distrib(): return
     _refuse_bad(self.learn.model, self.file, self.kept)
-    try: _write(self.file, dict(format=_format, fit=self.number, epoch=epoch, ended=ended, runs=self.runs, **training_state(self.learn)))
+    try: _write(self.file, dict(format=_format, fit=self.number, epoch=epoch, ended=ended, place=place, runs=self.runs, **training_state(self.learn)))
     except GalaxyDataError as e:
         if self.kept is None: raise
         warnings.warn(f'{e} Training goes on; {self.file} is still that of {self.kept}.')
@@ -245,7 +255,8 @@ def _go_on(self:Checkpoint):
     if not over: self.skipped = self.learn.epoch = state['epoch']
     self._tell_others('before_train' if over else 'before_epoch')
     if here: self.pending, self.kept = None, f"fit {self.number + 1}, epoch {state['epoch'] + 1}"; restore_training(self.learn, state)
-    if over: self.running = False; raise CancelFitException()
+    if over: self.running = False; self._listen(False); raise CancelFitException()
+    if state.get('place'): self.within = state; _set_generators(self.learn.dls, state['place']['generators'])
     print(f"{self.file}: going on with {f'fit {self.number + 1}, ' if self.number else ''}epoch {state['epoch'] + 1} of {self.n_epoch}")
 
 # %% ../nbs/31_survive.ipynb #f5293dc2
@@ -253,6 +264,34 @@ def _go_on(self:Checkpoint):
 def _tell_others(self:Checkpoint, event):
     for cb in self.learn.cbs.sorted('order'):
         if cb is not self: cb(event)
+
+# %% ../nbs/31_survive.ipynb #a6cbab93
+def _place(learn, beginning):
+    return _plain(dict(batches=learn.iter, pct_train=learn.pct_train, batch=[*learn.xb, *learn.yb], generators=beginning))
+
+@patch
+def _pass_over(self:Checkpoint):
+    "Leave out a batch that was learnt before Ctrl-C; at the first that was not, all is as it was then"
+    learn, place = self.learn, self.within['place']
+    if learn.iter < place['batches']: learn.yb = (); raise CancelBatchException()         # without labels the recorder takes no note of it
+    for t, was in zip((*learn.xb, *learn.yb), place['batch']): t.copy_(was)
+    restore_training(learn, self.within)
+    learn.pct_train, self.within = place['pct_train'], None
+
+# %% ../nbs/31_survive.ipynb #b709abb6
+@patch
+def _listen(self:Checkpoint, on):
+    "Have Ctrl-C wait for the end of the batch, or not any more"
+    if threading.current_thread() is not threading.main_thread() or num_distrib() > 1: return
+    if signal.getsignal(signal.SIGINT) == self._ctrl_c: signal.signal(signal.SIGINT, self.usual)
+    if on: self.usual = signal.signal(signal.SIGINT, self._ctrl_c)
+
+@patch
+def _ctrl_c(self:Checkpoint, number=None, frame=None):
+    if self.learn is None: signal.signal(signal.SIGINT, self.usual); raise KeyboardInterrupt             # of a training that failed
+    self._listen(False)
+    self.stop = True
+    print(f'stopping after this batch, so that training can go on from here ({self.file}); once more to stop at once', flush=True)
 
 # %% ../nbs/31_survive.ipynb #a6c543a9
 def _rows(learn):

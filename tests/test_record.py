@@ -103,6 +103,11 @@ def test_what_cannot_be_calibrated_is_said_not_to_be(learn, monkeypatch):
     assert judge(Job(calibration='none'), learn)[1] == 'it was not asked for'
 
 
+def test_sets_that_hold_every_class_as_often(learn):
+    assert judge(Job(by_class=True), learn)[0].sets is not None
+    assert len(current_scaling(learn).sets['thresholds']) == len(learn.dls.vocab)
+
+
 def test_tensorboard_has_every_epoch(survey, tmp_path):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -43,6 +43,14 @@ class Kill(Callback):
         if not self.writing: os.kill(os.getpid(), signal.SIGKILL)
         os.fsync = lambda f: os.kill(os.getpid(), signal.SIGKILL)
 
+class CtrlC(Callback):
+    "SIGINT after a number of forward passes, of training or of validation"
+    order = 200
+    def __init__(self, after): self.left = after
+    def after_pred(self):
+        self.left -= 1
+        if not self.left: os.kill(os.getpid(), signal.SIGINT)
+
 def train(path, out, how, workers=0, cbs=()):
     seed_everything(3)
     dls = GalaxyDataLoaders.from_hdf5(path, size=32, bs=16, num_workers=workers, progress=False, device='cpu')
@@ -123,6 +131,24 @@ def test_ten_kills_leave_no_trace(survey, tmp_path, seed):
     hows = 'one_cycle', 'fine_tune', 'all at once'
     statuses = killed(survey, tmp_path, hows, 10, seed + 1)
     for how in hows: check(tmp_path, how, 10, statuses[how])
+
+
+@pytest.mark.parametrize('how', ['fine_tune', 'all at once'])
+def test_ctrl_c_leaves_no_trace(survey, twice, tmp_path, how):
+    "Stopped in the first, the second and the last batch of an epoch and in its validation, and each time taken up where it was"
+    code = f'''
+places = []
+def life(after): return child('{survey}', '{tmp_path}/end.pt', '{how}', cbs=[*survive('{tmp_path}', resume=True), *([CtrlC(after)] if after else [])])
+statuses = []
+for after in (1, 1, 4, 2, 0):
+    statuses.append(life(after))
+    state = torch.load('{tmp_path}/checkpoint.pt', weights_only=True)
+    places.append([state['fit'], state['epoch'], state['train_iter'], bool(state['place'])])
+print(json.dumps([statuses, places]))'''
+    (statuses, places), said = run(code)
+    assert statuses == [1, 1, 1, 1, 0] and said.count('KeyboardInterrupt') >= 4
+    assert places[:2] == [[0, 0, 1, True], [0, 0, 2, True]], places          # a batch a life: none was learnt twice
+    assert same(twice[0]/how/'peace.pt', tmp_path/'end.pt')
 
 
 def test_a_seed_decides_whatever_loads(survey, twice, tmp_path):

@@ -87,7 +87,7 @@ def fit_memory(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../../nbs/41_interpret.attribution.ipynb #39158f0d
-def _at_once(x, batch): return batch or max(1, (2**21 if x.is_cuda else 2**17)//x[0,0].numel()) # Pictures at once, to begin with
+def _at_once(x, batch): return batch or max(1, (2**21 if x.is_cuda else 2**18)//x[0,0].numel()) # Pictures at once, to begin with
 
 def _shared_out(n, most): return -(-n//-(-n//most)) # The same number each time, when at most so many go at once
 

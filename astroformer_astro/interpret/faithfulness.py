@@ -241,6 +241,7 @@ def map_stability(
     mode:str='nearest', # What comes in at the border: `nearest`, or `grid-wrap` for the other side
 )->float: # 1: the explanation moves with the galaxy
     "Mean rank correlation of the map with maps of other views that were brought back"
+    if kind not in ('turn', 'shift'): raise GalaxyDataError(f"a picture is seen again after a 'turn' or a 'shift', not {kind!r}")
     here, views = explain(x, target), _turns() if kind == 'turn' else _moves(shifts, mode)
     return float(np.mean([rank_correlation(here, back(explain(view(x), target))) for view, back in views]))
 
@@ -398,7 +399,7 @@ def rank_methods(
         rows[m] = {'n': len(wide)} | {k + end: v for k, these in _compared(wide, m).items() for end, v in zip(('', '_low', '_high'), _interval(these, n, seed))}
     table = pd.DataFrame(rows).T.infer_objects().astype(dict(n=int))
     over = [c for c in table if c.startswith('over_') and c.endswith('_low')]
-    table['trusted'] = (table.randomised < .3) & (table[over] > 0).all(axis=1)
+    table['trusted'] = (table.randomised.abs() < .3) & (table[over] > 0).all(axis=1)
     return table.sort_values(['trusted', 'gap'], ascending=False, kind='stable').rename_axis('method')
 
 # %% ../../nbs/42_interpret.faithfulness.ipynb #f7c0846d

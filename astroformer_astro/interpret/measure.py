@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['radial_profile', 'azimuthal_profile', 'map_measures', 'aligned_map', 'MapStack', 'stack_maps', 'picture_wcs',
-           'write_map', 'read_map', 'measured_maps', 'attribution_table']
+           'cutout_wcs', 'write_map', 'read_map', 'measured_maps', 'attribution_table']
 
 # %% ../../nbs/43_interpret.measure.ipynb #3e5be84b
 import json
@@ -159,6 +159,26 @@ def _as_fits(array, wcs): # Rows from the bottom, as in the file; its own invers
     mirrored = wcs is not None and np.linalg.det(wcs.celestial.pixel_scale_matrix) > 0
     return np.ascontiguousarray(array[..., ::-1, ::-1 if mirrored else 1])
 
+# %% ../../nbs/43_interpret.measure.ipynb #6a406402
+def cutout_wcs(
+    learn, # A `Learner` whose loaders read images
+    item, # As for `read_picture`
+): # `WCS`, or `None` where nothing is known
+    "World coordinates of a galaxy as it is shown"
+    galaxies, row = getattr(learn.dls, 'galaxies', None), _row_of(learn, item)
+    if row is None or galaxies is None: return None
+    if hasattr(galaxies.reader, 'cutout'): return _file_wcs(galaxies.reader, row)
+    known = [row.get(k) for k in ('ra', 'dec', 'pxscale')]
+    return picture_wcs(galaxies.images.shape[1:3], *known) if galaxies.stretch is None and not any(map(pd.isna, known)) else None
+
+def _row_of(learn, item): # Of the catalogue
+    catalog = getattr(learn.dls, 'catalog', None)
+    return catalog.iloc[item] if catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog) else None
+
+def _file_wcs(reader, row):
+    try: return reader.cutout(*reader.of_row(row)).wcs
+    except (GalaxyDataError, OSError): return None                # moved since
+
 # %% ../../nbs/43_interpret.measure.ipynb #1f335ac0
 def _split_fields(a): # Arrays, and the rest
     found = {f.name: getattr(a, f.name) for f in fields(a)}
@@ -212,9 +232,8 @@ def read_map(
 
 # %% ../../nbs/43_interpret.measure.ipynb #ca27ff6f
 def _pxscale(explainer, item): # arcsec/px of a row of the catalogue
-    catalog = getattr(explainer.learn.dls, 'catalog', None)
-    known = catalog is not None and 'pxscale' in catalog and isinstance(item, Integral) and 0 <= item < len(catalog)
-    return float(catalog.pxscale.iloc[item]) if known else None
+    row = _row_of(explainer.learn, item)
+    return float(row.pxscale) if row is not None and 'pxscale' in row else None
 
 def measured_maps(
     explainer:Explainer, # Gives the maps

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['explanation_figure', 'comparison_figure', 'attention_figure', 'stacked', 'viewer_link', 'answer_html',
-           'export_answer', 'filter_controls', 'attribution_controls', 'attention_controls', 'gallery', 'work_line',
-           'answer_pictures', 'explorer_view', 'GalaxyExplorer']
+           'export_answer', 'new_name', 'filter_controls', 'attribution_controls', 'attention_controls', 'gallery',
+           'work_line', 'answer_pictures', 'explorer_view', 'GalaxyExplorer']
 
 # %% ../../nbs/51_widgets.explorer.ipynb #754249ae
-import html, io
+import html, io, re
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image
 from ..core import GalaxyDataError, atomic_path, require, short_name
 from ..interpret.attribution import attribution_baselines, attribution_methods, valid_methods
-from ..interpret.measure import picture_wcs, write_map
-from ..interpret.plot import draw_scale_bar, plot_attention, plot_comparison, plot_explanation
+from ..interpret.measure import cutout_wcs, write_map
+from ..interpret.plot import plot_attention, plot_comparison, plot_explanation
 from ..picture import Picture, to_png
 from .parts import Shown, button, dropdown, guarded, message_html, picture_panels, picture_widget, pixel_at
 from .state import Answer, ExplorerState, InThread, attempt, filter_columns, stretched_picture, stretches
@@ -36,12 +37,12 @@ def _known(row, name): # A number of a row of the catalogue, or `None`
 def explanation_figure(
     answer:Answer, # What to draw
     row={}, # Of the catalogue
+    wcs=None, # Of the cut-out, for arrows to north and east
 )->Picture:
     "Galaxy, probabilities with dots at the classes of the conformal set, and attribution; the galaxy's problems as text if it cannot be drawn"
     if answer.attribution is None: return _text_figure('. '.join(answer.problems.values()))
     a = answer.attribution
-    fig = plot_explanation(a)
-    if (scale := _known(row, 'pxscale')): draw_scale_bar(fig.axes[0], a.image.shape[:2], scale)
+    fig = plot_explanation(a, pxscale=_known(row, 'pxscale'), wcs=wcs)
     if answer.members is not None: _mark_members(fig.axes[1], a, answer.members)
     return fig
 
@@ -69,9 +70,9 @@ def attention_figure(
     return plot_attention(answer.attention, answer.prediction.image, answer.asked.query, answer.asked.block, answer.asked.head)
 
 # %% ../../nbs/51_widgets.explorer.ipynb #dd25d61c
-def _drawings(answer, row): # Name to what it depends on and a function that draws it, of the pictures there are
+def _drawings(answer, row, wcs=lambda: None): # Name to what it depends on and a function that draws it, of the pictures there are
     a, beside, attention = answer.attribution, answer.beside, answer.attention
-    found = dict(explanation=((a,), partial(explanation_figure, answer, row)) if a else None, comparison=((a, beside), partial(comparison_figure, answer)) if a and beside else None,
+    found = dict(explanation=((a,), lambda: explanation_figure(answer, row, wcs())) if a else None, comparison=((a, beside), partial(comparison_figure, answer)) if a and beside else None,
                  attention=((attention, answer.prediction, answer.asked.query, answer.asked.block, answer.asked.head), partial(attention_figure, answer)) if attention else None)
     return {k: v for k, v in found.items() if v}
 
@@ -119,19 +120,28 @@ def export_answer(
     answer:Answer, # What is shown
     path, # A name that ends in `.png`, `.npz` or `.fits`
     png, # Function that gives the picture as bytes
-    row={}, # Of the catalogue, for world coordinates
+    wcs=None, # Of the cut-out, for FITS
 )->Path:
     "Write what is shown; raises `GalaxyDataError` for another ending, and where there is no map"
     path = Path(path)
     if path.suffix not in ('.png', '.npz', '.fits'): raise GalaxyDataError(f'{path} ends in {path.suffix!r}; what is shown is written as .png, .npz or .fits.')
     if path.suffix != '.png' and answer.attribution is None: raise GalaxyDataError(f'there is no attribution to write to {path}: {". ".join(answer.problems.values())}')
-    if path.suffix != '.png': return write_map(answer.attribution, path, _wcs(answer.attribution, row))
+    if path.suffix != '.png': return write_map(answer.attribution, path, wcs)
     with atomic_path(path) as tmp: tmp.write_bytes(png())
     return path
 
-def _wcs(a, row):
-    known = [_known(row, n) for n in ('ra', 'dec', 'pxscale')]
-    return None if None in known else picture_wcs(a.image.shape[:2], *known)
+# %% ../../nbs/51_widgets.explorer.ipynb #ce1d7ba5
+def new_name(
+    answer:Answer, # What is shown
+    ending:str, # `png`, `npz` or `fits`
+    folder='.', # Where the file will be
+)->Path: # Of a file that does not exist
+    "A name that says what is shown"
+    a, plain = answer.attribution, lambda word: re.sub(r'\W+', '-', str(word)).strip('-')
+    asked = [a.method, 'for', plain(a.target), *(('not', plain(a.against)) if a.against else ())] if a else []
+    stem = '_'.join(['galaxy', str(answer.place), *asked])
+    names = chain([stem], (f'{stem}_{k}' for k in count(2)))
+    return next(p for name in names if not (p := Path(folder)/f'{name}.{ending}').exists())
 
 # %% ../../nbs/51_widgets.explorer.ipynb #71757256
 def _classes(state, first): return [(first, '')] + [(short_name(str(c)), c) for c in state.learn.dls.vocab]
@@ -270,7 +280,7 @@ def answer_pictures(
     names = dict(explanation='galaxy, probabilities and attribution', comparison='two maps side by side', attention='where the query looks')
     pictures = {n: picture_widget(alt, partial(look, n), key, state.tell, max_width='100%', align_self='flex-start') for n, alt in names.items()}
     def draw(change=None):
-        now = _drawings(state.answer, _row_of(state))
+        now = _drawings(state.answer, _row_of(state), partial(_wcs_of, state))
         for name, picture in pictures.items():
             on, make = now.get(name, (None, None))
             if shown.get(name) == on: continue
@@ -289,6 +299,8 @@ def _kept_png(kept, key, make, keep=40): # Drawn once, while it is among the las
     return kept[key][0]
 
 def _row_of(state): return {} if state.answer.place is None else state.table.loc[state.answer.place]
+
+def _wcs_of(state): return None if state.answer.place is None else cutout_wcs(state.learn, state.items[state.answer.place])
 
 # %% ../../nbs/51_widgets.explorer.ipynb #36c98f8c
 def explorer_view(
@@ -331,18 +343,18 @@ class GalaxyExplorer(Shown):
     def figure(self):
         "The explanation as a figure"
         self.state.wait()
-        return explanation_figure(self.state.answer, _row_of(self.state))
+        return explanation_figure(self.state.answer, _row_of(self.state), _wcs_of(self.state))
 
     def png(self, dpi=110):
         "All pictures that are shown, as one PNG"
         self.state.wait()
-        pictures = [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state)).values()]
+        pictures = [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state), partial(_wcs_of, self.state)).values()]
         return stacked(pictures or [to_png(self.figure(), dpi)])
 
     def export(self,
-        path=None, # Where to; by default a name made of galaxy and method, in the current folder
+        path=None, # Where to; by default a new name made of galaxy, method and classes, in the current folder
         ending:str='png', # Of that name: `png`, `npz` or `fits`
     )->Path:
         "Write what is shown: a picture, or the map as numbers"
         self.state.wait()
-        return export_answer(self.state.answer, path or f'galaxy_{self.state.answer.place}_{self.state.method}.{ending}', partial(self.png, 150), _row_of(self.state))
+        return export_answer(self.state.answer, path or new_name(self.state.answer, ending), partial(self.png, 150), _wcs_of(self.state))
