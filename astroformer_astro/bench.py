@@ -137,16 +137,20 @@ def _few(labels, rows, n, seed):
     return np.sort(drawn.groupby(labels.to_numpy()[drawn]).head(n))
 
 # %% ../nbs/59_bench.ipynb #785198ad
+def _start(words): # A name in tables, and arguments of `astroformer_learner`
+    weights, fields = name_and_fields(words)
+    return ' '.join([Path(weights).stem, *(f'{k}={v}' for k, v in fields.items())]), dict(pretrained=weights, **fields)
+
+# %% ../nbs/59_bench.ipynb #785198ae
 def bench_transfer(
     catalog:str, # Table of image files: the new survey
-    pretrained:str, # Weights to start from, by commas
+    pretrained:str, # Weights to start from, by commas, each with what is to be changed, as in "simulations.safetensors recipe=linear_probe"
     arch='astroformer_pico', # The network of those weights
     images:str=None, # Folder that the file names start from
     y:str='label', # Column with the classes
     per_class:str='40', # Labelled galaxies of each class, numbers by commas
     seeds:int=3, # Draws of them
     steps:int=300, # Steps of 32 galaxies, with all layers
-    recipe:str='finetune', # How to start from weights: a recipe and what to change, as in "finetune lr=1e-3"
     size:int=64, # Side of the cut-outs, px
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
@@ -154,8 +158,7 @@ def bench_transfer(
     galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
     whole = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
     train, held = list(whole.train_ds.items), list(whole.valid_ds.items)
-    name, fields = name_and_fields(recipe)
-    starts = {'scratch': {}} | {Path(w.strip()).stem: dict(pretrained=w.strip(), recipe=name, **fields) for w in str(pretrained).split(',')}
+    starts = {'scratch': {}} | dict(_start(words) for words in str(pretrained).split(','))
     for seed, n, (start, how) in product(range(seeds), map(int, str(per_class).split(',')), starts.items()):
         seed_everything(seed)
         few = _few(galaxies.catalog.label, train, n, seed)
@@ -164,7 +167,7 @@ def bench_transfer(
         learn = astroformer_learner(dls, arch, steps=steps, **how)
         with learn.no_bar(), learn.no_logging(): took = _took(learn.fit_recipe)
         rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | _scores([learn], galaxies.take(held)))
-        _write_runs(rows, out, catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=arch, recipe=recipe)
+        _write_runs(rows, out, catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=arch)
     return _report(rows, ['per_class', 'start'], ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds'])
 
 # %% ../nbs/59_bench.ipynb #48d69c26

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, timm, torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from .core import GalaxyDataError, announce_device
-from .calibration import Scaling, _images, use_scaling
+from .calibration import Scaling, _images, _Turned, use_scaling
 from .curves import Curves
 from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
 from .data.block import GalaxyDataLoaders
@@ -127,7 +129,7 @@ def astroformer_learner(
     "A fastai `Learner`, frozen up to the head where it starts from `pretrained` weights"
     known = {f.name for f in dataclasses.fields(Recipe)}
     r = make_recipe(recipe or ('finetune' if pretrained else 'scratch_few'), **{k: v for k, v in settings.items() if k in known})
-    if isinstance(arch, str) and r.head_first and not pretrained:
+    if isinstance(arch, str) and (r.probe or r.head_first) and not pretrained:
         raise GalaxyDataError(f'this recipe trains the head of {arch} alone at first, over layers that have learnt nothing; give `pretrained` weights, or another recipe.')
     model, dls = _network(dls, arch, pretrained, r, {k: v for k, v in settings.items() if k not in known}), _reloaded(dls, r)
     precision = choose_precision(dls.device, precision)
@@ -144,7 +146,7 @@ def astroformer_learner(
 def _network(dls, arch, pretrained, r, own):
     if given := {'bands', 'classes', 'img_size'} & set(own): raise GalaxyDataError(f"{', '.join(sorted(given))} of the network are those of the galaxies, and cannot be given.")
     if isinstance(arch, nn.Module): model = _made_already(arch, pretrained, own)
-    elif arch in model_cfgs: model = _ours(dls, arch, pretrained, dict(drop_path=r.drop_path, drop=r.drop) | own)
+    elif arch in model_cfgs: model = _ours(dls, arch, pretrained, dict(drop_path=r.drop_path, drop=r.drop, hidden=not r.probe) | own)
     elif timm.is_model(arch.split('.')[0]): model = _timms(dls, arch, pretrained, dict(drop_path_rate=r.drop_path, drop_rate=r.drop) | own)
     else: raise GalaxyDataError(f"no network is called {arch!r}; there are {', '.join(model_cfgs)}, and those of timm.")
     return model.to(memory_format=torch.channels_last)
@@ -179,6 +181,41 @@ def _square(confusion, vocab):
         raise GalaxyDataError(f"confusion is {' x '.join(map(str, m.shape))}; give how often each of the {n} classes is taken for the others, {n} x {n} numbers from 0.")
     return m
 
+# %% ../nbs/32_learner.ipynb #31dfa4d4
+def _features(learn, rows): # What goes into the last layer, `8 N x F`: orientation by orientation
+    found, dl = [], learn.dls.test_dl(rows, num_workers=0)
+    handle = learn.model.get_classifier().register_forward_pre_hook(lambda layer, args: found.append(args[0].detach().float().cpu()))
+    try:
+        with learn.no_bar(), learn.no_logging():
+            for k in range(8): learn.get_preds(dl=dl, cbs=_Turned(k), reorder=False)
+    finally: handle.remove()
+    return torch.cat(found).double().numpy()
+
+# %% ../nbs/32_learner.ipynb #ab8cd12d
+@patch
+def fit_probe(self:Learner,
+    strength:float=.3, # `C` of scikit-learn's `LogisticRegression`: the smaller, the smaller the weights
+): # The learner
+    "Put a logistic regression on the features of the training galaxies into the last layer; raises `GalaxyDataError` where that is not a linear one"
+    last = self.model.get_classifier() if hasattr(self.model, 'get_classifier') else None
+    if not isinstance(last, nn.Linear): raise GalaxyDataError(f'{type(self.model).__name__} has no last layer that could be fitted alone; train its head by another recipe.')
+    rows = list(self.dls.train_ds.items)
+    y, x = np.tile(_train_numbers(self.dls), 8), _features(self, rows)
+    scaler = StandardScaler().fit(x)
+    fitted = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(x), y, sample_weight=self.loss_func.weight.cpu().numpy()[y])
+    _set_last(last, scaler, fitted)
+    return self
+
+def _set_last(last, scaler, fitted):
+    "Weights and biases of a regression on standardised features; a class that it has not seen is never named"
+    w, b = fitted.coef_, fitted.intercept_
+    if len(w) == 1: w, b = np.stack([-w[0], w[0]])/2, np.r_[-b, b]/2
+    w = w/scaler.scale_
+    b = b - w @ scaler.mean_
+    with torch.no_grad():
+        last.weight.zero_(); last.bias.fill_(float(b.min()) - 20)
+        last.weight[fitted.classes_], last.bias[fitted.classes_] = torch.as_tensor(w).to(last.weight), torch.as_tensor(b).to(last.bias)
+
 # %% ../nbs/32_learner.ipynb #722c7621
 @patch
 def recipe_stages(self:Learner,
@@ -194,6 +231,7 @@ def fit_recipe(self:Learner,
     cbs=None, # More callbacks for all stages, such as `survive('run')`
 ):
     "Train by `self.recipe`, stage by stage"
+    if self.recipe.probe: self.fit_probe(self.recipe.probe)
     with self.added_cbs(L(cbs)):
         for s in self.recipe_stages(epochs):
             self.freeze_to(s.frozen)

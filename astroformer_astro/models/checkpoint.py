@@ -210,8 +210,9 @@ def load_pretrained(
     for name, m in old.named_modules():
         if hasattr(m, 'resized'): theirs[f'{name}.bias'] = m.resized(model.get_submodule(name).size)
     head, known = ['head.fc.weight', 'head.fc.bias'], list(old.card['classes'])
-    left = [] if len(classes) and set(known) == set(classes) else head
-    if not left: theirs |= {k: theirs[k][[known.index(c) for c in classes]] for k in head}
+    same = len(classes) and set(known) == set(classes) and old.cfg.hidden == model.cfg.hidden
+    left = [k for k in state if k not in theirs] + ([] if same else head)
+    if same: theirs |= {k: theirs[k][[known.index(c) for c in classes]] for k in head}
     adapted = _adapt_first(theirs, old, model.cfg.bands, bands, path)
     model.load_state_dict({k: state[k] if k in left else theirs[k] for k in state})
     resized = [k for k in state if k not in [*adapted, *left] and before[k] != state[k].shape]
@@ -261,7 +262,7 @@ def to_timm(
     "Rename our parameters to timm's; raises `GalaxyDataError` for what it does not have"
     if isinstance(state, Astroformer):
         c, state = state.cfg, state.state_dict()
-        if c.rel_attn != 'pre' or c.equivariant or set(c.strides) != {2}: raise GalaxyDataError(f"timm's MaxxVit is plain, with rel_attn 'pre' and all strides 2; this network has {c.rel_attn!r}, equivariant={c.equivariant} and strides {c.strides}.")
+        if c.rel_attn != 'pre' or c.equivariant or set(c.strides) != {2} or not c.hidden: raise GalaxyDataError(f"timm's MaxxVit is plain, with rel_attn 'pre', all strides 2 and a hidden layer; this network has {c.rel_attn!r}, equivariant={c.equivariant}, strides {c.strides} and hidden={c.hidden}.")
     if odd := [k for k in state if re.search(r'\.cbam\.|\.conv2_kxk\.0\.', k)]:
         raise GalaxyDataError(f"timm's MaxxVit has no place for {odd[0]}: it holds layouts of C and T, not of A and B.")
     rename = lambda k: re.sub(r'^(stages\.\d+)', r'\1.blocks', k).replace('.rel_pos.bias', '.rel_pos.relative_position_bias_table')
