@@ -8,10 +8,10 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from astroformer_astro.core import seed_everything
+from astroformer_astro.core import GalaxyDataError, seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.learner import astroformer_learner, class_weights, evaluate, load_astroformer_learner
-from astroformer_astro.models.checkpoint import save_astroformer
+from astroformer_astro.models.checkpoint import load_astroformer, save_astroformer
 from astroformer_astro.recipe import GalaxyLoss, Recipe, RunningMean, name_and_fields, recipe, recipes, training_stages
 from astroformer_astro.synth import synth_galaxy10
 
@@ -182,7 +182,7 @@ def test_layers_are_let_go_one_by_one_at_rates_that_fall_towards_the_stem(path, 
     dls = GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu')
     save_astroformer(astroformer_learner(dls, 'astroformer_nano'), tmp_path/'w')
     few = GalaxyDataLoaders.from_galaxies(dls.galaxies.take(range(40)), bs=32, valid=range(8), device='cpu')
-    learn, seen = astroformer_learner(few, 'astroformer_nano', pretrained=tmp_path/'w', recipe='finetune_few', unfreeze='one_by_one', freeze_epochs=1, freeze_steps=4, steps=2, lr_mult=32), []
+    learn, seen = astroformer_learner(few, 'astroformer_nano', pretrained=tmp_path/'w', recipe='finetune', freeze_norms=True, unfreeze='one_by_one', freeze_epochs=1, freeze_steps=4, steps=2, lr_mult=32), []
     class Watch(Callback):
         def before_fit(self): seen.append([any(p.requires_grad for p in g) for g in self.learn.splitter(self.model)])
         def after_batch(self):
@@ -197,8 +197,22 @@ def test_layers_are_let_go_one_by_one_at_rates_that_fall_towards_the_stem(path, 
 
 
 def test_forty_galaxies_get_as_many_steps_of_the_head_as_four_thousand():
-    for name in ('finetune', 'finetune_few', 'linear_probe'):
-        for batches in (1, 5, 62): assert training_stages(recipe(name), 9, 6, batches)[0].epochs*batches >= recipes[name].freeze_steps >= 100
+    for batches in (1, 5, 62): assert training_stages(recipe('finetune'), 9, 6, batches)[0].epochs*batches >= recipes['finetune'].freeze_steps >= 100
+
+
+def test_a_probe_changes_nothing_but_the_last_layer_and_gentle_steps_go_on_from_it(path, tmp_path):
+    dls = GalaxyDataLoaders.from_hdf5(path, size=32, progress=False, device='cpu')
+    save_astroformer(astroformer_learner(dls, 'astroformer_nano'), tmp_path/'w')
+    def tuned(name, **kw): return astroformer_learner(dls, 'astroformer_nano', pretrained=tmp_path/'w', recipe=name, **kw)
+    def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+    probe, fine = tuned('linear_probe'), tuned('finetune_few', lr=0., steps=1)
+    before = weights(probe)
+    for learn in probe, fine: quietly(learn, lambda l: l.fit_recipe())
+    assert {k for k, v in weights(probe).items() if not torch.equal(v, before[k])} == {'head.fc.weight', 'head.fc.bias'}
+    assert all(torch.allclose(v, weights(fine)[k]) for k, v in weights(probe).items())
+    again = load_astroformer(save_astroformer(probe, tmp_path/'probe'))
+    assert not again.cfg.hidden and torch.equal(again.head.fc.weight, probe.model.head.fc.weight)
+    with pytest.raises(GalaxyDataError, match='no last layer that could be fitted alone'): astroformer_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))).fit_probe()
 
 
 def test_a_network_of_timm_with_its_own_weights_is_fine_tuned(galaxies, tmp_path):
