@@ -77,10 +77,10 @@ def _bench_learner(dls, arch):
 
 def _scores(learners, galaxies=None):
     "Scores on galaxies, the held-out ones by default: of the first learner as they lie and over their eight orientations, and of all learners together"
-    found, asked = evaluate(learners[0], galaxies), dict(d4=learners[:1], ensemble=learners)
+    found, turned = evaluate(learners[0], galaxies), [ensemble_predict(Orientations(l), galaxies).p for l in learners]
     scores = found['metrics']
-    for what, some in asked.items():
-        of_all = summary_metrics(found['y'], ensemble_predict([Orientations(l) for l in some], galaxies).p)
+    for what, p in dict(d4=turned[0], ensemble=np.mean(turned, 0)).items():
+        of_all = summary_metrics(found['y'], p)
         scores = scores | {f'{k}_{what}': of_all[k] for k in ('accuracy', 'balanced_accuracy', 'nll')}
     return scores
 

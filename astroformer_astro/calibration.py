@@ -144,15 +144,16 @@ def fit_scaling(
     y, _, w = _ready(y, x, weights)
     _check_outputs(x, y, kind)
     known = _known_shift(class_weights, x.shape[1]) if kind == 'prior' else np.zeros(1)
-    scale, shift = _likeliest(*map(torch.from_numpy, (x, y, w/w.sum(), known)), *_kinds[kind])
+    scale, shift = _likeliest(*map(torch.from_numpy, (x + known, y, w/w.sum())), *_kinds[kind])
+    shift = shift + scale*known
     if len(scale) == 1 and not scale[0] > 0:
         raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
     return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)))
 
 # %% ../nbs/31_calibration.ipynb #c8ba9270
-def _likeliest(x, y, w, shift, each, shifted):
-    "Factor and shift of the largest likelihood, from 1 and `shift`"
-    scale, shift = torch.ones(x.shape[1] if each else 1, dtype=torch.float64), shift.expand(x.shape[1] if shifted else len(shift)).clone()
+def _likeliest(x, y, w, each, shifted):
+    "Factor and shift of the largest likelihood, from 1 and 0"
+    scale, shift = torch.ones(x.shape[1] if each else 1, dtype=torch.float64), torch.zeros(x.shape[1] if shifted else 1, dtype=torch.float64)
     fitted = [t.requires_grad_() for t in ([scale, shift] if shifted else [scale])]
     opt = torch.optim.LBFGS(fitted, max_iter=200, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn='strong_wolfe')
     def loss():
