@@ -58,10 +58,10 @@ class Compiled(Callback):
     def after_fit(self): get_model(self.model)._compiled_call_impl = None
 
 # %% ../nbs/31_device.ipynb #57c2a437
-_mmap_max, _trim_threshold = -4, -1                # of glibc's malloc.h
+_trim_threshold, _mmap_max, _arena_max = -1, -4, -8                # of glibc's malloc.h
 
 def keep_memory()->bool: # Whether there is a glibc to ask
     "Have glibc keep what is free for the next tensor, up to 2 GiB, rather than return it to the system"
     if platform.libc_ver()[0] != 'glibc': return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_mmap_max, 0) and libc.mallopt(_trim_threshold, 2**31 - 1))
+    return all(libc.mallopt(k, v) for k, v in {_trim_threshold: 2**31 - 1, _mmap_max: 0, _arena_max: 1}.items())

@@ -126,7 +126,7 @@ class Job:
     precision:str='auto' # `full`, `bf16` or `fp16`; by default as the device does it best
     compile:bool=False # Compile the network while it trains
     log:str=None # Follow the training in `tensorboard` or `wandb`, too
-    resume:bool=False # Go on from the last whole epoch in the output folder, if training there was broken off
+    resume:bool=False # Go on with the training that was broken off in the output folder, from its last whole epoch, or after Ctrl-C from the batch that came next
     seed:int=0 # Of weights, order and augmentation
     split_seed:int=42 # Decides which galaxies are held out
     n:int=2000 # Galaxies to simulate

@@ -1,5 +1,5 @@
 """The recipe: repeatable, stable, quiet, and every word of it carried out."""
-import dataclasses, subprocess, sys
+import dataclasses, platform, subprocess, sys
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -213,6 +213,27 @@ def test_a_probe_changes_nothing_but_the_last_layer_and_gentle_steps_go_on_from_
     again = load_astroformer(save_astroformer(probe, tmp_path/'probe'))
     assert not again.cfg.hidden and torch.equal(again.head.fc.weight, probe.model.head.fc.weight)
     with pytest.raises(GalaxyDataError, match='no last layer that could be fitted alone'): astroformer_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))).fit_probe()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other allocators are left as they are')
+def test_a_learner_keeps_the_memory_that_its_steps_need(path):
+    "Pages that the system has to provide for three steps of a network with activations of 32 MiB, before there is a learner and after"
+    code = f'''
+import resource, torch
+from torch import nn
+from astroformer_astro.data.block import GalaxyDataLoaders
+from astroformer_astro.learner import astroformer_learner
+net, x = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1)), torch.randn(64, 8, 128, 128)
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3): net(x).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = [pages() for _ in range(2)]
+astroformer_learner(GalaxyDataLoaders.from_hdf5('{path}', size=32, progress=False, device='cpu'), 'astroformer_nano')
+print(usual[-1], min(pages() for _ in range(4)))'''
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    usual, kept = map(int, found.split('\n')[-2].split())
+    assert usual > 100_000 and kept < usual/10
 
 
 def test_a_network_of_timm_with_its_own_weights_is_fine_tuned(galaxies, tmp_path):
