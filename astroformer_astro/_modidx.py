@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'astroformer_astro.bench._case': ('bench.html#_case', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._cases': ('bench.html#_cases', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._counted': ('bench.html#_counted', 'astroformer_astro/bench.py'),
+                                         'astroformer_astro.bench._earlier': ('bench.html#_earlier', 'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._epoch_seconds': ( 'bench.html#_epoch_seconds',
                                                                                      'astroformer_astro/bench.py'),
                                          'astroformer_astro.bench._few': ('bench.html#_few', 'astroformer_astro/bench.py'),

@@ -55,6 +55,13 @@ def _report(rows, by, columns):
     print(spread(pd.DataFrame(rows), by, *columns).to_string())
     return pd.DataFrame(rows)
 
+def _earlier(out, **settings):
+    "Runs that are in a file of the same settings already, as of a measurement that was broken off"
+    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else dict(settings=None)
+    if found['settings'] != settings: return []
+    print(f"{out} has {len(found['runs'])} runs, which are not repeated")
+    return found['runs']
+
 def _write_runs(rows, out, **settings):
     if out: write_json(out, dict(settings=settings, runs=rows, threads=torch.get_num_threads(), torch=torch.__version__))
 
@@ -113,7 +120,8 @@ def bench_accuracy(
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
     "Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file"
-    galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
+    galaxies, settings = read_catalog(catalog, images, y=y, size=size, progress=False), dict(catalog=Path(catalog).name, epochs=epochs, size=size)
+    rows = _earlier(out, **settings)
     def trained(arch, seed):
         seed_everything(seed)
         learn = _bench_learner(GalaxyDataLoaders.from_galaxies(galaxies, seed=42), arch)
@@ -121,12 +129,13 @@ def bench_accuracy(
         if keep and isinstance(learn.model, Astroformer): save_astroformer(learn, Path(keep)/'_'.join([*re.findall(r'[\w.]+', arch), str(seed)]))
         return learn
     for seed, arch in product(range(seeds), map(str.strip, archs.split(','))):
+        if any((r['arch'], r['seed'], r['members']) == (arch, seed, members) for r in rows): continue
         learners = []
         took = _took(lambda: learners.extend(trained(arch, members*seed + k) for k in range(members)))
         parameters = sum(p.numel() for p in learners[0].model.parameters())
         run = dict(arch=arch, seed=seed, parameters=parameters, members=members)
         rows.append(run | took | _scores(learners) | _honesty(learners[0], seed))
-        _write_runs(rows, out, catalog=Path(catalog).name, epochs=epochs, size=size)
+        _write_runs(rows, out, **settings)
     balanced = [f'balanced_accuracy{end}' for end in ('', '_d4', '_ensemble')]
     return _report(rows, 'arch', ['accuracy', *balanced, 'nll', 'seconds', 'cpu_seconds'])
 
@@ -155,11 +164,14 @@ def bench_transfer(
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
     "Few labels: from scratch against other weights, same galaxies, same number of steps"
-    galaxies, rows = read_catalog(catalog, images, y=y, size=size, progress=False), []
+    galaxies = read_catalog(catalog, images, y=y, size=size, progress=False)
     whole = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
     train, held = list(whole.train_ds.items), list(whole.valid_ds.items)
     starts = {'scratch': {}} | dict(_start(words) for words in str(pretrained).split(','))
+    settings = dict(catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=str(arch))
+    rows = _earlier(out, **settings)
     for seed, n, (start, how) in product(range(seeds), map(int, str(per_class).split(',')), starts.items()):
+        if any((r['start'], r['per_class'], r['seed']) == (start, n, seed) for r in rows): continue
         seed_everything(seed)
         few = _few(galaxies.catalog.label, train, n, seed)
         watched = held[::max(1, len(held)//16)]           # fastai wants a validation set; the score is taken on all that are held out
@@ -167,7 +179,7 @@ def bench_transfer(
         learn = astroformer_learner(dls, arch, steps=steps, **how)
         with learn.no_bar(), learn.no_logging(): took = _took(learn.fit_recipe)
         rows.append(dict(start=start, per_class=n, seed=seed, trained=len(few)) | took | _scores([learn], galaxies.take(held)))
-        _write_runs(rows, out, catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=arch)
+        _write_runs(rows, out, **settings)
     return _report(rows, ['per_class', 'start'], ['accuracy', 'balanced_accuracy', 'balanced_accuracy_d4', 'nll', 'seconds'])
 
 # %% ../nbs/59_bench.ipynb #48d69c26

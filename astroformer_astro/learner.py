@@ -194,7 +194,7 @@ def _features(learn, rows): # What goes into the last layer, `8 N x F`: orientat
 # %% ../nbs/32_learner.ipynb #ab8cd12d
 @patch
 def fit_probe(self:Learner,
-    strength:float=.3, # `C` of scikit-learn's `LogisticRegression`: the smaller, the smaller the weights
+    strength:float=.1, # `C` of scikit-learn's `LogisticRegression`: the smaller, the smaller the weights
 ): # The learner
     "Put a logistic regression on the features of the training galaxies into the last layer; raises `GalaxyDataError` where that is not a linear one"
     last = self.model.get_classifier() if hasattr(self.model, 'get_classifier') else None

@@ -56,8 +56,8 @@ recipes = dict(
     scratch_few=Recipe(),
     scratch_many=Recipe(warmup=.1, ema=.999, mixup=.2, drop_path=.2),
     finetune=Recipe(lr=4e-3, lr_mult=5, freeze_epochs=3, freeze_steps=100),
-    finetune_few=Recipe(probe=.3, lr=5e-4, lr_mult=5, freeze_norms=True),
-    linear_probe=Recipe(probe=.3, lr=0., freeze_epochs=1, unfreeze='never', freeze_norms=True, drop_path=0),
+    finetune_few=Recipe(probe=.1, lr=5e-4, lr_mult=5, freeze_norms=True),
+    linear_probe=Recipe(probe=.1, lr=0., freeze_epochs=1, unfreeze='never', freeze_norms=True, drop_path=0),
     paper=Recipe(epochs=300, lr=5.66e-5, warmup=5/300, wd=2e-5, clip=0, accumulate=32, weight_power=0, drop_path=0, drop=.1, mixup=.8, augment='crop'))
 
 # %% ../nbs/31_recipe.ipynb #44ea93d2

@@ -284,7 +284,7 @@ def _listen(self:Checkpoint, on):
     "Have Ctrl-C wait for the end of the batch, or not any more"
     if threading.current_thread() is not threading.main_thread() or num_distrib() > 1: return
     if signal.getsignal(signal.SIGINT) == self._ctrl_c: signal.signal(signal.SIGINT, self.usual)
-    if on: self.usual = signal.signal(signal.SIGINT, self._ctrl_c)
+    if on: self.usual = signal.signal(signal.SIGINT, self._ctrl_c) or signal.default_int_handler
 
 @patch
 def _ctrl_c(self:Checkpoint, number=None, frame=None):

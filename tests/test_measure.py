@@ -1,12 +1,14 @@
 "Maps as measurements, on maps whose numbers can be worked out by hand"
 import json
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 from hypothesis import given, settings, strategies as st
 from astroformer_astro.core import GalaxyDataError
+from astroformer_astro.data.fits import read_fits_catalog
 from astroformer_astro.interpret.attribution import Attribution
-from astroformer_astro.interpret.measure import (aligned_map, attribution_table, azimuthal_profile, map_measures, measured_maps, picture_wcs, radial_profile, read_map,
+from astroformer_astro.interpret.measure import (aligned_map, attribution_table, azimuthal_profile, cutout_wcs, map_measures, measured_maps, picture_wcs, radial_profile, read_map,
                                                  stack_maps, write_map)
 from astroformer_astro.interpret.shape import GalaxyShape
 
@@ -137,3 +139,24 @@ def test_a_catalogue_becomes_a_table(tmp_path):
     assert len(pd.read_csv(tmp_path/'t.csv')) == 3 and len(list(measured_maps(Told(), []))) == 0 == len(attribution_table(Told(), [], progress=False))
     with pytest.raises(GalaxyDataError, match="ends in '.txt'"): attribution_table(Told(), [0], out=tmp_path/'t.txt', progress=False)
     with pytest.raises(GalaxyDataError, match='none of the 1 galaxies could be measured; of the first: this one is cut off'): attribution_table(Told(), [2], progress=False)
+
+
+@pytest.mark.parametrize('angle, handed', [(0, 1), (30, 1), (200, 1), (30, -1)])
+def test_a_map_of_a_fits_cut_out_lies_where_its_galaxy_lies(tmp_path, angle, handed):
+    "A star in a turned, or mirrored, image; the map that has it as its highest pixel is written with the coordinates of the star"
+    wcs, c, s = WCS(naxis=2), np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    wcs.wcs.ctype, wcs.wcs.crval, wcs.wcs.crpix = ['RA---TAN', 'DEC--TAN'], [150, 2], [20.5, 20.5]
+    wcs.wcs.cd = np.array([[-c*handed, s], [s*handed, c]])/3600
+    data = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    data[25, 10] = 500
+    for k in range(2): fits.PrimaryHDU(data, wcs.to_header()).writeto(tmp_path/f'{k}.fits')
+    galaxies = read_fits_catalog(pd.DataFrame(dict(file=['0.fits', '1.fits'], label=['a', 'b'])), tmp_path, size=40, unit='keep', progress=False)
+    learn = SimpleNamespace(dls=SimpleNamespace(galaxies=galaxies, catalog=galaxies.catalog))
+    pixels = np.moveaxis(galaxies.images[1], -1, 0)
+    a = Attribution(np.zeros((40, 40, 3), np.float32), {'a': 1.}, None, values=pixels, target='a', method='saliency', baseline=None, delta=None)
+    with fits.open(write_map(a, tmp_path/'map.fits', cutout_wcs(learn, 1))) as hdus:
+        y, x = np.unravel_index(hdus[0].data.argmax(), (40, 40))
+        there, star = WCS(hdus[0].header).pixel_to_world(x, y), wcs.pixel_to_world(10, 25)
+    assert there.separation(star).arcsec < .1
+    (tmp_path/'1.fits').unlink()
+    assert cutout_wcs(learn, 1) is None                     # moved since: nothing is guessed
