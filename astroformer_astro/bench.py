@@ -57,8 +57,9 @@ def _report(rows, by, columns):
 
 def _earlier(out, **settings):
     "Runs that are in a file of the same settings already, as of a measurement that was broken off"
-    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else dict(settings=None)
-    if found['settings'] != settings: return []
+    if not out or not Path(out).exists(): return []
+    found = json.loads(Path(out).read_text())
+    if found.get('settings') != settings: raise GalaxyDataError(f"{out} holds runs of other settings, {found.get('settings')}; give another file.")
     print(f"{out} has {len(found['runs'])} runs, which are not repeated")
     return found['runs']
 
@@ -120,7 +121,7 @@ def bench_accuracy(
     out:str=None, # JSON file to write, after every run
 )->pd.DataFrame:
     "Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file"
-    galaxies, settings = read_catalog(catalog, images, y=y, size=size, progress=False), dict(catalog=Path(catalog).name, epochs=epochs, size=size)
+    galaxies, settings = read_catalog(catalog, images, y=y, size=size, progress=False), dict(catalog=Path(catalog).name, y=y, epochs=epochs, size=size)
     rows = _earlier(out, **settings)
     def trained(arch, seed):
         seed_everything(seed)
@@ -167,8 +168,9 @@ def bench_transfer(
     galaxies = read_catalog(catalog, images, y=y, size=size, progress=False)
     whole = GalaxyDataLoaders.from_galaxies(galaxies, seed=42)
     train, held = list(whole.train_ds.items), list(whole.valid_ds.items)
-    starts = {'scratch': {}} | dict(_start(words) for words in str(pretrained).split(','))
-    settings = dict(catalog=Path(catalog).name, pretrained=list(starts)[1:], steps=steps, arch=str(arch))
+    words = ('scratch', *str(pretrained).split(','))
+    starts, settings = {'scratch': {}} | dict(map(_start, words[1:])), dict(catalog=Path(catalog).name, y=y, steps=steps, arch=str(arch), size=size)
+    if len(starts) < len(words): raise GalaxyDataError(f'two of the {len(words) - 1} weights go by the same name in the table; rename a file, or leave one out.')
     rows = _earlier(out, **settings)
     for seed, n, (start, how) in product(range(seeds), map(int, str(per_class).split(',')), starts.items()):
         if any((r['start'], r['per_class'], r['seed']) == (start, n, seed) for r in rows): continue

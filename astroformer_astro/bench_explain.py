@@ -94,7 +94,10 @@ def _by_hand_elsewhere(explainer, item, threads, steps=50):
         torch.save((explainer.learn.model.eval().requires_grad_(True), x, explainer.reference(x[0]), *_statistics(explainer.learn.dls, x)), file.name)
         words = [sys.executable, '-c', _alone, file.name, str(threads), str(steps)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            def once(): print(file=child.stdin, flush=True); return float(child.stdout.readline())
+            def once():
+                print(file=child.stdin, flush=True)
+                if not (said := child.stdout.readline()): raise RuntimeError('the process that calls Captum by hand has ended; see above what it said.')
+                return float(said)
             once()                       # to begin with
             yield once
             child.stdin.close()

@@ -148,7 +148,7 @@ def fit_scaling(
     shift = shift + scale*known
     if len(scale) == 1 and not scale[0] > 0:
         raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
-    return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)))
+    return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)) | (dict(class_weights=np.asarray(class_weights, float).tolist()) if kind == 'prior' else {}))
 
 # %% ../nbs/31_calibration.ipynb #c8ba9270
 def _likeliest(x, y, w, each, shifted):
@@ -352,11 +352,13 @@ def current_scaling(
     learn, # A `Learner`
 ): # A `Scaling`, or `None`
     "The scaling that a learner predicts through"
+    for cb in getattr(learn, 'cbs', ()):
+        if isinstance(cb, ForgetCalibration): cb.look_again()
     found = getattr(learn.loss_func, 'activation', None)
     return found if isinstance(found, Scaling) else None
 
 def _last_layer(learn): # Its weights, as a number each
-    return [p.detach().double().sum().item() for p in list(learn.model.parameters())[-2:]]
+    return [p.detach().double().square().sum().item() for p in list(learn.model.parameters())[-2:]]
 
 class ForgetCalibration(Callback):
     "Drop the calibration where training begins, and where other weights were loaded"
@@ -367,13 +369,16 @@ class ForgetCalibration(Callback):
     def before_train(self): # before_fit is called for predictions too
         if not hasattr(self.learn, 'lr_finder'): self._drop('training makes the calibration invalid')          # which puts the weights back
 
-    def before_validate(self):
-        if not np.allclose(self.last_layer, _last_layer(self.learn), rtol=1e-6): self._drop('the calibration is of other weights than these')
+    def before_validate(self): self.look_again()
+
+    def look_again(self):
+        now = _last_layer(self.learn)
+        if len(now) != len(self.last_layer) or not np.allclose(now, self.last_layer, rtol=1e-6): self._drop('the calibration is of other weights than these')
 
     def _drop(self, why):
-        if current_scaling(self.learn) is None: return
-        use_scaling(self.learn, None)
-        warnings.warn(f'{why}, and it was dropped; calibrate again.')
+        loss, found = self.learn.loss_func, False
+        while loss is not None: loss, found = getattr(loss, 'func', None), vars(loss).pop('activation', None) is not None or found        # in place: fastai may hold it just now
+        if found: warnings.warn(f'{why}, and it was dropped; calibrate again.')
 
 # %% ../nbs/31_calibration.ipynb #868a0471
 @dataclass

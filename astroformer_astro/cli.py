@@ -154,7 +154,7 @@ def _usage():
     lines = [f'  {v:15} {(Job if f is train else f).__doc__}' for v, f in _verbs.items()]
     return '\n'.join(['usage: astroformer VERB [options], and VERB --help for its options', ''] + lines)
 
-_going_on = ' The same words with --resume (make: RESUME=1) go on from there.'
+_going_on = ' The same words with --resume (make: RESUME=1) go on from where it was kept.'
 
 def main(
     argv=None, # Words of the command line; those of the process by default

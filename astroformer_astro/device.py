@@ -61,7 +61,7 @@ class Compiled(Callback):
 _trim_threshold, _mmap_max, _arena_max = -1, -4, -8                # of glibc's malloc.h
 
 def keep_memory()->bool: # Whether there is a glibc to ask
-    "Have glibc keep what is free for the next tensor, up to 2 GiB, rather than return it to the system"
+    "Have glibc keep what is free for the next tensor rather than return it to the system at once; for the whole process"
     if platform.libc_ver()[0] != 'glibc': return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(k, v) for k, v in {_trim_threshold: 2**31 - 1, _mmap_max: 0, _arena_max: 1}.items())

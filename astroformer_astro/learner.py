@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from .core import GalaxyDataError, announce_device
-from .calibration import Scaling, _images, _Turned, use_scaling
+from .calibration import Scaling, _images, training_lean, use_scaling
 from .curves import Curves
-from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky
+from .data.augment import BandGain, GalaxyAugment, SkyLevel, SkyNoise, border_sky, dihedral
 from .data.block import GalaxyDataLoaders
 from .device import Autocast, Compiled, choose_precision, keep_memory
 from .metrics import balanced_accuracy, class_table, summary_metrics
@@ -135,7 +135,7 @@ def astroformer_learner(
     precision = choose_precision(dls.device, precision)
     cbs = L(_callbacks(r, dls.train.bs, precision, dls.device, compile, not isinstance(dls.y, str))) + Curves() + L(cbs)
     announce_device(dls.device, {'full': 'full precision'}.get(precision, precision))
-    keep_memory()
+    if dls.device.type == 'cpu': keep_memory()
     learn = Learner(dls, model, _loss(dls, r, confusion), opt_func=_chosen(optimisers, r.opt, 'optimiser'), splitter=astroformer_splitter, wd=r.wd, lr=r.lr, cbs=cbs,
                     train_bn=not r.freeze_norms, metrics=L(metrics) or [accuracy, AccumMetric(balanced_accuracy, dim_argmax=-1)])
     learn.recipe, learn.precision, learn.compiled = r, precision, compile
@@ -182,28 +182,35 @@ def _square(confusion, vocab):
     return m
 
 # %% ../nbs/32_learner.ipynb #31dfa4d4
-def _features(learn, rows): # What goes into the last layer, `8 N x F`: orientation by orientation
-    found, dl = [], learn.dls.test_dl(rows, num_workers=0)
-    handle = learn.model.get_classifier().register_forward_pre_hook(lambda layer, args: found.append(args[0].detach().float().cpu()))
+def _features(learn, rows): # What goes into the last layer, `8 x N x F`, for the eight orientations
+    model, found = learn.model.to(learn.dls.device).eval(), []
+    handle = model.get_classifier().register_forward_pre_hook(lambda layer, args: found[-1].append(args[0].float().cpu()))
     try:
-        with learn.no_bar(), learn.no_logging():
-            for k in range(8): learn.get_preds(dl=dl, cbs=_Turned(k), reorder=False)
+        with torch.no_grad():
+            for x, *_ in learn.dls.test_dl(rows, num_workers=0):
+                found.append([])
+                for k in range(8): model(dihedral(x.as_subclass(torch.Tensor), torch.full((len(x),), k, device=x.device)))
     finally: handle.remove()
-    return torch.cat(found).double().numpy()
+    return torch.cat([torch.stack(f) for f in found], 1).double().numpy()
 
 # %% ../nbs/32_learner.ipynb #ab8cd12d
 @patch
 def fit_probe(self:Learner,
     strength:float=.1, # `C` of scikit-learn's `LogisticRegression`: the smaller, the smaller the weights
 ): # The learner
-    "Put a logistic regression on the features of the training galaxies into the last layer; raises `GalaxyDataError` where that is not a linear one"
+    "Put a logistic regression on the features of the training galaxies into the last layer; raises `GalaxyDataError` where that is not a linear one, and without galaxies of two classes"
     last = self.model.get_classifier() if hasattr(self.model, 'get_classifier') else None
     if not isinstance(last, nn.Linear): raise GalaxyDataError(f'{type(self.model).__name__} has no last layer that could be fitted alone; train its head by another recipe.')
-    rows = list(self.dls.train_ds.items)
-    y, x = np.tile(_train_numbers(self.dls), 8), _features(self, rows)
+    rows = list(self.dls.train_ds.items) if len(self.dls.catalog) else []
+    y = np.array(_train_numbers(self.dls) if rows else [], int)
+    if len(set(y)) < 2: raise GalaxyDataError(f'a last layer is fitted to galaxies of two classes or more, and there are {len(set(y))}; load some to train on.')
+    x, lean = _features(self, rows), training_lean(self)
+    x, y = x.reshape(-1, x.shape[-1]), np.tile(y, 8)
+    weight = np.ones(len(y)) if lean is None else lean[y]/lean[y].mean()
     scaler = StandardScaler().fit(x)
-    fitted = LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(x), y, sample_weight=self.loss_func.weight.cpu().numpy()[y])
-    _set_last(last, scaler, fitted)
+    _set_last(last, scaler, LogisticRegression(C=strength, max_iter=1000).fit(scaler.transform(x), y, sample_weight=weight))
+    use_scaling(self, None)
+    self.probed = True
     return self
 
 def _set_last(last, scaler, fitted):
@@ -231,7 +238,7 @@ def fit_recipe(self:Learner,
     cbs=None, # More callbacks for all stages, such as `survive('run')`
 ):
     "Train by `self.recipe`, stage by stage"
-    if self.recipe.probe: self.fit_probe(self.recipe.probe)
+    if self.recipe.probe and not vars(self).get('probed'): self.fit_probe(self.recipe.probe)
     with self.added_cbs(L(cbs)):
         for s in self.recipe_stages(epochs):
             self.freeze_to(s.frozen)
@@ -271,13 +278,13 @@ def load_astroformer_learner(
     device=None, # Where to predict; the GPU where there is one
 )->Learner:
     "A learner that predicts, from weights and card, without the galaxies it was trained on"
-    keep_memory()
     model = load_astroformer(path)
     if not model.card['classes']:
         raise GalaxyDataError(f'{path} holds a network that knows no classes, as after pretraining; '
                               f'train it first, with pretrained={str(path)!r}.')
     if not model.card['stats']: raise GalaxyDataError(f'the card of {path} has no band statistics; save the weights from a learner.')
     dls = GalaxyDataLoaders.from_card(model.card, device=device)
+    if dls.device.type == 'cpu': keep_memory()
     learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab)).to(dls.device), splitter=astroformer_splitter)
     if model.card.get('calibration'): use_scaling(learn, Scaling.from_dict(model.card['calibration']))
     return learn

@@ -176,7 +176,7 @@ def _softmax(x, scaling=Scaling()): return scaling(torch.from_numpy(x)).numpy()
 def _cross_fitted(x, y, scaling, fold):
     "Probabilities and sets of each galaxy by the galaxies of the other folds"
     settings = scaling.sets and ConformalSets.from_dict(scaling.sets)
-    known = dict(class_weights=np.exp(-np.array(scaling.shift)/scaling.scale)) if scaling.kind == 'prior' else {}       # which are not fitted
+    known = dict(class_weights=scaling.record.get('class_weights', np.exp(-np.array(scaling.shift)))) if scaling.kind == 'prior' else {}       # which are not fitted; in older cards they are in the shift
     p, sets = np.empty_like(x), np.zeros(x.shape, bool) if settings else None
     for f in np.unique(fold):
         here, others = fold == f, fold != f

@@ -7,6 +7,7 @@ __all__ = ['training_state', 'restore_training', 'Checkpoint', 'LossGuard', 'Mem
 
 # %% ../nbs/31_survive.ipynb #28b413d6
 import hashlib, io, os, random, re, signal, threading, warnings
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import CancelBatchException, CancelFitException, Recorder
+from fastai.learner import CancelFitException, CancelTrainException, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
@@ -195,18 +196,25 @@ class Checkpoint(_Plainly):
     ):
         self.file, self.resume = Path(folder)/'checkpoint.pt', resume
         self.number, self.running, self.skipped, self.pending, self.kept, self.runs = -1, False, 0, None, None, []
-        self.stop, self.within = False, None           # whether Ctrl-C was pressed; a state within the epoch, to go on from
+        self.stop, self.within = '', None              # Ctrl-C was `asked` for, or its place is `kept`; a state within the epoch, to go on from
 
     def before_train(self):
         if self.first: self._begin()
         if self.pending is None: self._save(self.epoch)
         else: self._go_on()
         self.beginning = self.within['place']['generators'] if self.within else _plain(_generators(self.dls))
-        if self.stop: raise KeyboardInterrupt
+        if self.within: self.learn.one_batch = partial(self._pass_over, self.learn)
+        if self.stop: self._interrupt()
 
     def before_batch(self):
-        if self.within: self._pass_over()
-        if self.stop: self._save(self.epoch, place=_place(self.learn, self.beginning)); raise KeyboardInterrupt
+        if self.within: self._take_up()
+        if not self.stop: return
+        self._save(self.epoch, place=_place(self.learn, self.beginning))
+        self.stop = 'kept'
+        raise CancelTrainException()                   # fastai and its callbacks put back what they had changed
+
+    def before_validate(self):
+        if self.stop == 'kept': self._interrupt()
 
     def before_epoch(self):
         self.learn.epoch += self.skipped
@@ -215,16 +223,18 @@ class Checkpoint(_Plainly):
         raise CancelFitException()
 
     def after_fit(self):
+        if self.first: return                          # of a validation
         if self.running: self._save(self.epoch + 1, ended=True)
         self.running, self.skipped = False, 0
         self._listen(False)
-        if self.stop: raise KeyboardInterrupt
+        if self.stop: self._interrupt()
 
 # %% ../nbs/31_survive.ipynb #e72aa38e
 @patch
 def _begin(self:Checkpoint):
     self.number = 0 if self.running else self.number + 1
-    self.first, self.running, self.skipped, self.stop, self.within = False, True, 0, False, None
+    self.first, self.running, self.skipped, self.stop, self.within = False, True, 0, '', None
+    self.process, self.usual = os.getpid(), signal.default_int_handler
     self._listen(True)
     if self.number == 0: self.runs, self.pending = [], _read(self.file) if self.resume and self.file.exists() else None
     self.runs.append(_identity(self.learn))
@@ -267,31 +277,49 @@ def _tell_others(self:Checkpoint, event):
 
 # %% ../nbs/31_survive.ipynb #a6cbab93
 def _place(learn, beginning):
-    return _plain(dict(batches=learn.iter, pct_train=learn.pct_train, batch=[*learn.xb, *learn.yb], generators=beginning))
+    start = next((cb.start for cb in learn.cbs if cb.name == 'memory_guard'), None)
+    return _plain(dict(batches=learn.iter, pct_train=learn.pct_train, batch=[*learn.xb, *learn.yb], generators=beginning, start=start))
 
 @patch
-def _pass_over(self:Checkpoint):
-    "Leave out a batch that was learnt before Ctrl-C; at the first that was not, all is as it was then"
-    learn, place = self.learn, self.within['place']
-    if learn.iter < place['batches']: learn.yb = (); raise CancelBatchException()         # without labels the recorder takes no note of it
-    for t, was in zip((*learn.xb, *learn.yb), place['batch']): t.copy_(was)
-    restore_training(learn, self.within)
-    learn.pct_train, self.within = place['pct_train'], None
+def _pass_over(self:Checkpoint, learn, i, batch):
+    "Leave out the batches that were learnt before Ctrl-C, in place of `Learner.one_batch`"
+    if self.learn is not None and self.within and i < self.within['place']['batches']: return
+    vars(learn).pop('one_batch', None)
+    learn.one_batch(i, batch)
+
+@patch
+def _take_up(self:Checkpoint):
+    "At the first batch that was not learnt, all is as it was then"
+    learn, place, self.within, within = self.learn, self.within['place'], None, self.within
+    batch = [*learn.xb, *learn.yb]
+    if [t.shape for t in batch] != [t.shape for t in place['batch']]:
+        raise GalaxyDataError(f'{self.file} was written in the middle of an epoch with {len(place["batch"][0])} galaxies at a time, and here are {len(batch[0])}; go on with as many.')
+    for t, was in zip(batch, place['batch']): t.copy_(was)
+    restore_training(learn, within)
+    learn.pct_train = place['pct_train']
 
 # %% ../nbs/31_survive.ipynb #b709abb6
 @patch
 def _listen(self:Checkpoint, on):
     "Have Ctrl-C wait for the end of the batch, or not any more"
-    if threading.current_thread() is not threading.main_thread() or num_distrib() > 1: return
-    if signal.getsignal(signal.SIGINT) == self._ctrl_c: signal.signal(signal.SIGINT, self.usual)
-    if on: self.usual = signal.signal(signal.SIGINT, self._ctrl_c) or signal.default_int_handler
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or num_distrib() > 1 or usual is signal.SIG_IGN: return
+    if usual == self._ctrl_c: usual = signal.signal(signal.SIGINT, self.usual) and self.usual
+    if on: self.usual = usual or signal.default_int_handler; signal.signal(signal.SIGINT, self._ctrl_c)
 
 @patch
 def _ctrl_c(self:Checkpoint, number=None, frame=None):
-    if self.learn is None: signal.signal(signal.SIGINT, self.usual); raise KeyboardInterrupt             # of a training that failed
+    if os.getpid() != self.process: return             # a worker that loads, which the terminal tells too
     self._listen(False)
-    self.stop = True
-    print(f'stopping after this batch, so that training can go on from here ({self.file}); once more to stop at once', flush=True)
+    if self.learn is None: raise KeyboardInterrupt     # of a training that failed
+    self.stop = 'asked'
+    print(f'stopping after this batch, or validation, so that training can go on from there ({self.file}); once more to stop at once', flush=True)
+
+@patch
+def _interrupt(self:Checkpoint):
+    self.number, self.running, self.stop = -1, False, ''
+    self._listen(False)
+    raise KeyboardInterrupt
 
 # %% ../nbs/31_survive.ipynb #a6c543a9
 def _rows(learn):
@@ -339,7 +367,9 @@ class MemoryGuard(_Plainly):
     "Halve the batch when memory runs out, with as many galaxies a step as before; raises `GalaxyDataError` where one galaxy is too many"
     order = Checkpoint.order + 1
     def before_epoch(self): self.learn.all_batches = lambda learn=self.learn: self._within_memory(learn)
-    def before_train(self): self.start = training_state(self.learn)
+    def before_train(self):
+        within = next((cb.within for cb in self.learn.cbs if isinstance(cb, Checkpoint) and cb.within), None)
+        self.start = within and within['place']['start'] or training_state(self.learn)        # of the beginning of the epoch
     def after_fit(self): vars(self.learn).pop('all_batches', None)
 
     def _within_memory(self, learn):

@@ -12,6 +12,7 @@ root = Path(__file__).parent.parent
 program = '''
 import json, os, random, signal, sys, warnings
 warnings.filterwarnings('ignore')
+signal.signal(signal.SIGINT, signal.default_int_handler)          # a shell's background jobs ignore it
 import torch
 torch.use_deterministic_algorithms(True); torch.set_num_threads(1)
 from fastai.callback.core import Callback
@@ -137,17 +138,22 @@ def test_ten_kills_leave_no_trace(survey, tmp_path, seed):
 def test_ctrl_c_leaves_no_trace(survey, twice, tmp_path, how):
     "Stopped in the first, the second and the last batch of an epoch and in its validation, and each time taken up where it was"
     code = f'''
+from astroformer_astro.record import run_loggers
 places = []
-def life(after): return child('{survey}', '{tmp_path}/end.pt', '{how}', cbs=[*survive('{tmp_path}', resume=True), *([CtrlC(after)] if after else [])])
+def life(after):
+    if after: more = [CtrlC(after)]
+    else: more = [*run_loggers('tensorboard', '{tmp_path}')] if '{how}' == 'fine_tune' else []
+    return child('{survey}', '{tmp_path}/end.pt', '{how}', cbs=[*survive('{tmp_path}', resume=True), *more])
 statuses = []
 for after in (1, 1, 4, 2, 0):
     statuses.append(life(after))
     state = torch.load('{tmp_path}/checkpoint.pt', weights_only=True)
-    places.append([state['fit'], state['epoch'], state['train_iter'], bool(state['place'])])
+    places.append([state['fit'], state['epoch'], state['train_iter'], bool(state['place']), state['ended']])
 print(json.dumps([statuses, places]))'''
     (statuses, places), said = run(code)
     assert statuses == [1, 1, 1, 1, 0] and said.count('KeyboardInterrupt') >= 4
-    assert places[:2] == [[0, 0, 1, True], [0, 0, 2, True]], places          # a batch a life: none was learnt twice
+    ends = [0, 2, 6, False, True] if how == 'fine_tune' else [0, 2, 6, False, False]                  # in the validation after six steps
+    assert places[:4] == [[0, 0, 1, True, False], [0, 0, 2, True, False], [0, 1, 5, True, False], ends], places      # none was learnt twice
     assert same(twice[0]/how/'peace.pt', tmp_path/'end.pt')
 
 
@@ -209,3 +215,42 @@ print(json.dumps([state['epoch'], sorted(os.listdir('{folder}'))]))'''
     (epoch, names), err = run(code)
     assert epoch == 0 and names == ['checkpoint.pt', 'end.pt']
     assert err.count('cannot be written (Permission denied)') == 4 and 'still that of fit 1, epoch 1' in err
+
+
+def test_what_may_follow_ctrl_c_in_the_same_process(survey, tmp_path):
+    "With MixUp: the loss is put back, another look at the galaxies leaves the file alone, and the same call goes on to the same end"
+    code = f'''
+seed_everything(3)
+dls = GalaxyDataLoaders.from_hdf5('{survey}', size=32, bs=16, progress=False, device='cpu')
+def learner():
+    seed_everything(3)
+    return Learner(dls, astroformer('astroformer_nano', img_size=32, classes=len(dls.vocab)), CrossEntropyLossFlat())
+def fit(learn, *cbs):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=[MixUp(.4), *cbs])
+def weights(learn): return torch.cat([t.flatten().double() for t in learn.model.state_dict().values()])
+peace, stopped = learner(), learner()
+fit(peace)
+stopped.add_cb(Checkpoint('{tmp_path}', resume=True))
+before = stopped.loss_func
+try: fit(stopped, CtrlC(2))
+except KeyboardInterrupt: pass
+kept = open('{tmp_path}/checkpoint.pt', 'rb').read()
+with stopped.no_bar(), stopped.no_logging(): stopped.validate()
+same = [stopped.loss_func is before, open('{tmp_path}/checkpoint.pt', 'rb').read() == kept]
+fit(stopped)
+print(json.dumps(same + [torch.equal(weights(stopped), weights(peace))]))'''
+    assert run(code)[0] == [True, True, True]
+
+
+def test_memory_that_runs_out_after_ctrl_c_has_the_epoch_begin_anew(survey, tmp_path):
+    code = f'''
+class Full(Callback):
+    "One batch too many for the memory"
+    def before_batch(self):
+        if self.training and self.learn.dl.bs == 16: raise torch.OutOfMemoryError
+out = '{tmp_path}'
+codes = [child('{survey}', out + '/end.pt', 'one_cycle', cbs=[*survive(out, resume=True), CtrlC(2)])]
+codes.append(child('{survey}', out + '/end.pt', 'one_cycle', cbs=[*survive(out, resume=True), Full()]))
+state = torch.load(out + '/checkpoint.pt', weights_only=True)
+print(json.dumps(codes + [state['train_iter'], len(state['callbacks']['recorder']['values']['losses'])]))'''
+    assert run(code)[0] == [1, 0, 24, 24]               # six smaller batches in each of four epochs

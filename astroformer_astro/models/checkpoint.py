@@ -56,7 +56,8 @@ def _refuse_changed(model):
 
 # %% ../../nbs/23_models.checkpoint.ipynb #765c5d18
 def _calibration(learn):
-    "What `calibrate` found, where it was called"
+    "What `calibrate` found, where it was called and nothing else has been loaded since"
+    for cb in getattr(learn, 'cbs', ()): getattr(cb, 'look_again', bool)()
     scaling = getattr(getattr(learn, 'loss_func', None), 'activation', None)
     return scaling.to_dict() if hasattr(scaling, 'to_dict') else getattr(learn, 'card', {}).get('calibration')
 
@@ -263,6 +264,7 @@ def to_timm(
     if isinstance(state, Astroformer):
         c, state = state.cfg, state.state_dict()
         if c.rel_attn != 'pre' or c.equivariant or set(c.strides) != {2} or not c.hidden: raise GalaxyDataError(f"timm's MaxxVit is plain, with rel_attn 'pre', all strides 2 and a hidden layer; this network has {c.rel_attn!r}, equivariant={c.equivariant}, strides {c.strides} and hidden={c.hidden}.")
+    if 'head.fc.weight' in state and 'head.pre_logits.fc.weight' not in state: raise GalaxyDataError("timm's MaxxVit has a hidden layer in its head, and this network has none.")
     if odd := [k for k in state if re.search(r'\.cbam\.|\.conv2_kxk\.0\.', k)]:
         raise GalaxyDataError(f"timm's MaxxVit has no place for {odd[0]}: it holds layouts of C and T, not of A and B.")
     rename = lambda k: re.sub(r'^(stages\.\d+)', r'\1.blocks', k).replace('.rel_pos.bias', '.rel_pos.relative_position_bias_table')

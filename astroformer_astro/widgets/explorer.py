@@ -137,7 +137,7 @@ def new_name(
     folder='.', # Where the file will be
 )->Path: # Of a file that does not exist
     "A name that says what is shown"
-    a, plain = answer.attribution, lambda word: re.sub(r'\W+', '-', str(word)).strip('-')
+    a, plain = answer.attribution, lambda word: re.sub(r'\W+', '-', str(word)).strip('-')[:60]
     asked = [a.method, 'for', plain(a.target), *(('not', plain(a.against)) if a.against else ())] if a else []
     stem = '_'.join(['galaxy', str(answer.place), *asked])
     names = chain([stem], (f'{stem}_{k}' for k in count(2)))
