@@ -120,6 +120,17 @@ def test_the_command_trains_in_two_processes_as_in_one(commands):
     np.testing.assert_allclose(b[columns], a[columns], atol=1e-4)
 
 
+def test_a_probe_in_two_processes_is_that_of_one(commands):
+    one, two, _ = commands
+    words = ['train', '--data', str(one.parent/'s.h5'), '--size', '32', '--device', 'cpu', '--pretrained', str(one/'galaxies.safetensors'), '--recipe', 'linear_probe', '--out']
+    assert main([*words, str(one.parent/'probe1')]) == 0
+    done = subprocess.run([*accelerate, *words, str(one.parent/'probe2')], capture_output=True, text=True, env=env | dict(ACCELERATE_USE_CPU='false'), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (pd.read_csv(one.parent/d/'held_out.csv') for d in ('probe1', 'probe2'))
+    columns = [c for c in a if c.startswith('p_')]
+    np.testing.assert_allclose(b[columns], a[columns], atol=1e-4)
+
+
 def test_only_the_first_process_writes_and_speaks(commands):
     one, two, said = commands
     assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()} == {*json.loads((two/'files.json').read_text())['sha256'], 'files.json'}

@@ -1,7 +1,7 @@
 """The recipe: repeatable, stable, quiet, and every word of it carried out."""
-import dataclasses, platform, subprocess, sys
+import dataclasses, platform, subprocess, sys, tempfile
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import DataLoaders
@@ -11,6 +11,7 @@ from torch import nn
 from astroformer_astro.core import GalaxyDataError, seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.learner import astroformer_learner, class_weights, evaluate, load_astroformer_learner
+from astroformer_astro.models.astroformer import astroformer
 from astroformer_astro.models.checkpoint import load_astroformer, save_astroformer
 from astroformer_astro.recipe import GalaxyLoss, Recipe, RunningMean, name_and_fields, recipe, recipes, training_stages
 from astroformer_astro.synth import synth_galaxy10
@@ -215,6 +216,22 @@ def test_a_probe_changes_nothing_but_the_last_layer_and_gentle_steps_go_on_from_
     with pytest.raises(GalaxyDataError, match='no last layer that could be fitted alone'): astroformer_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))).fit_probe()
 
 
+def test_a_probe_of_votes_of_a_network_of_timm_and_of_sampling(galaxies):
+    votes = pd.DataFrame(np.random.default_rng(0).dirichlet([1, 1], len(galaxies)), columns=['smooth', 'disc'])
+    polled = dataclasses.replace(galaxies, catalog=votes.assign(label=np.where(votes.smooth > .5, 'smooth', 'disc')), classes=('smooth', 'disc'))
+    dls = GalaxyDataLoaders.from_galaxies(polled, y=['smooth', 'disc'], bs=32, device='cpu')
+    for network in astroformer('astroformer_nano', img_size=32, classes=2), timm.create_model('resnet10t', num_classes=2):
+        learn = astroformer_learner(dls, network, sample_power=0.).fit_probe()
+        assert np.isfinite(evaluate(learn)['p']).all() and len(np.unique(evaluate(learn)['p'][:,0].round(6))) > 10
+    few = GalaxyDataLoaders.from_galaxies(galaxies.take(range(60)), valid=range(10), augment=None, device='cpu')
+    often, even = (astroformer_learner(few, astroformer('astroformer_nano', img_size=32, classes=len(few.vocab)), **how) for how in (dict(sample_power=1., weight_power=0.), dict(weight_power=1.)))
+    even.model.load_state_dict(often.model.state_dict())
+    for learn in often, even: learn.fit_probe()
+    last = [l.model.get_classifier().weight for l in (often, even)]
+    assert torch.allclose(*last, atol=1e-4) and torch.equal(often.model.stem.conv1.weight, even.model.stem.conv1.weight)
+    with pytest.raises(GalaxyDataError, match='two classes or more, and there are 0'): load_astroformer_learner(save_astroformer(often, tempfile.mkdtemp() + '/w'), 'cpu').fit_probe()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other allocators are left as they are')
 def test_a_learner_keeps_the_memory_that_its_steps_need(path):
     "Pages that the system has to provide for three steps of a network with activations of 32 MiB, before there is a learner and after"
@@ -237,7 +254,6 @@ print(usual[-1], min(pages() for _ in range(4)))'''
 
 
 def test_a_network_of_timm_with_its_own_weights_is_fine_tuned(galaxies, tmp_path):
-    timm = pytest.importorskip('timm')
     theirs = timm.create_model('resnet10t', num_classes=7, in_chans=3)
     torch.save(theirs.state_dict(), tmp_path/'theirs.pth')
     dls = GalaxyDataLoaders.from_galaxies(galaxies.take(range(40)), bs=16, valid=range(8), device='cpu')

@@ -220,12 +220,12 @@ print(json.dumps([state['epoch'], sorted(os.listdir('{folder}'))]))'''
 def test_what_may_follow_ctrl_c_in_the_same_process(survey, tmp_path):
     "With MixUp: the loss is put back, another look at the galaxies leaves the file alone, and the same call goes on to the same end"
     code = f'''
-seed_everything(3)
-dls = GalaxyDataLoaders.from_hdf5('{survey}', size=32, bs=16, progress=False, device='cpu')
 def learner():
     seed_everything(3)
+    dls = GalaxyDataLoaders.from_hdf5('{survey}', size=32, bs=16, progress=False, device='cpu')
     return Learner(dls, astroformer('astroformer_nano', img_size=32, classes=len(dls.vocab)), CrossEntropyLossFlat())
 def fit(learn, *cbs):
+    seed_everything(4)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 2e-3, cbs=[MixUp(.4), *cbs])
 def weights(learn): return torch.cat([t.flatten().double() for t in learn.model.state_dict().values()])
 peace, stopped = learner(), learner()
@@ -245,9 +245,9 @@ print(json.dumps(same + [torch.equal(weights(stopped), weights(peace))]))'''
 def test_memory_that_runs_out_after_ctrl_c_has_the_epoch_begin_anew(survey, tmp_path):
     code = f'''
 class Full(Callback):
-    "One batch too many for the memory"
-    def before_batch(self):
-        if self.training and self.learn.dl.bs == 16: raise torch.OutOfMemoryError
+    "A batch of sixteen is too many for the memory"
+    def after_pred(self):
+        if self.training and len(self.x) == 16: raise torch.OutOfMemoryError('out of memory')
 out = '{tmp_path}'
 codes = [child('{survey}', out + '/end.pt', 'one_cycle', cbs=[*survive(out, resume=True), CtrlC(2)])]
 codes.append(child('{survey}', out + '/end.pt', 'one_cycle', cbs=[*survive(out, resume=True), Full()]))
