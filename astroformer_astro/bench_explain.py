@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .core import GalaxyDataError
-from .data.block import GalaxyDataLoaders
 from .data.images import read_catalog
 from .interpret.attribution import Explainer, _statistics, captum_speed, default_method, read_picture
 from .interpret.faithfulness import _folded, _targets, candidate_maps, explanation_benchmark, method_agreement
 from .job import write_json
 from .learner import load_astroformer_learner
-from .models.checkpoint import arch_name
+from .models.checkpoint import arch_name, read_card
 
 # %% ../nbs/58_bench_explain.ipynb #6e8e87f1
 def held_out(
@@ -33,12 +32,12 @@ def held_out(
     n:int=0, # Galaxies at most; 0 for all
 )->tuple: # A `Learner`, and rows of its catalogue in random order
     "A trained network with the galaxies that were held out of its training; raises `GalaxyDataError` for a catalogue of other classes"
-    learn = load_astroformer_learner(weights, device='cpu')
-    _check_seed(weights, learn.model.card, split_seed)
-    galaxies = read_catalog(table, images, x=x, y=y, size=learn.model.cfg.img_size[0], progress=False)
-    if list(galaxies.classes) != list(learn.dls.vocab):
-        raise GalaxyDataError(f"{table} has the classes {', '.join(galaxies.classes)} in {y!r}, and the network of {weights} knows {', '.join(learn.dls.vocab)}; give the table that it was trained on.")
-    learn.dls = GalaxyDataLoaders.from_galaxies(galaxies, seed=split_seed, stats=learn.dls.stats, device='cpu')
+    card = read_card(weights)
+    _check_seed(weights, card, split_seed)
+    galaxies = read_catalog(table, images, x=x, y=y, size=card['cfg']['img_size'][0], progress=False)
+    if list(galaxies.classes) != card['classes']:
+        raise GalaxyDataError(f"{table} has the classes {', '.join(galaxies.classes)} in {y!r}, and the network of {weights} knows {', '.join(card['classes'])}; give the table that it was trained on.")
+    learn = load_astroformer_learner(weights, 'cpu', galaxies, seed=split_seed)
     rows = np.random.default_rng(split_seed).permutation(list(learn.dls.valid_ds.items))
     return learn, [int(i) for i in rows[:n or None]]
 

@@ -164,6 +164,7 @@ def _wrong_input(job):
 
 def _wrong_numbers(job):
     yield job.arch and job.arch not in model_cfgs, f"no network is called {job.arch!r}; there are {', '.join(model_cfgs)}."
+    yield job.epochs and (job.recipe or '').split()[:1] == ['linear_probe'], 'linear_probe computes the last layer and has no epochs; leave them out, or take finetune_few.'
     yield job.epochs < 0, f'epochs is {job.epochs}; give their number, or 0 to have it chosen.'
     yield job.size < 32, f'size is {job.size}; galaxies are read at 32 px or more.'
     yield job.pxscale is not None and not job.pxscale > 0, f'pxscale is {job.pxscale}; give arcsec per pixel, above 0.'

@@ -10,6 +10,7 @@ __all__ = ['augmentations', 'optimisers', 'astroformer_splitter', 'class_weights
 import copy, dataclasses
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, timm, torch
 from sklearn.linear_model import LogisticRegression
@@ -272,18 +273,31 @@ def class_confusion(
     m = torch.bincount(n*y.as_subclass(torch.Tensor) + p.argmax(1), minlength=n*n).view(n, n).double()
     return torch.where(m.sum(1, keepdim=True) > 0, m/m.sum(1, keepdim=True).clamp(min=1), 1/n).numpy()
 
+# %% ../nbs/32_learner.ipynb #7ae53930
+def _of_the_network(dls, cfg, galaxies, path, split): # Loaders of these galaxies with the classes, size, bands and statistics of others
+    unknown = [c for c in galaxies.classes if c not in dls.vocab]
+    if unknown: raise GalaxyDataError(f"the network of {path} knows the classes {', '.join(dls.vocab)}, and not {', '.join(map(str, unknown))}; give galaxies of its classes.")
+    if tuple(galaxies.images.shape[1:3]) != tuple(cfg.img_size): raise GalaxyDataError(f"the network of {path} takes cut-outs of {' x '.join(map(str, cfg.img_size))} px, not {' x '.join(map(str, galaxies.images.shape[1:3]))}; read them in this size.")
+    learn = SimpleNamespace(dls=dls)
+    _images(learn, galaxies)                           # raises for other bands
+    whole = dataclasses.replace(galaxies, classes=tuple(dls.vocab), stretch=dls.galaxies.stretch, fitted=False)
+    return GalaxyDataLoaders.from_galaxies(whole, stats=dls.stats, device=dls.device, **split)
+
 # %% ../nbs/32_learner.ipynb #7ae53934
 def load_astroformer_learner(
     path, # Weights as written by `save_astroformer`
     device=None, # Where to predict; the GPU where there is one
+    galaxies=None, # A `GalaxySet` to look at, of classes that the network knows
+    **split, # Which of them count as held out, as of `GalaxyDataLoaders.from_galaxies`: `seed`, `valid`, …
 )->Learner:
-    "A learner that predicts, from weights and card, without the galaxies it was trained on"
+    "A learner that predicts, from weights and card, without the galaxies it was trained on; with others it has them, and keeps the network's classes and band statistics"
     model = load_astroformer(path)
     if not model.card['classes']:
         raise GalaxyDataError(f'{path} holds a network that knows no classes, as after pretraining; '
                               f'train it first, with pretrained={str(path)!r}.')
     if not model.card['stats']: raise GalaxyDataError(f'the card of {path} has no band statistics; save the weights from a learner.')
     dls = GalaxyDataLoaders.from_card(model.card, device=device)
+    if galaxies is not None: dls = _of_the_network(dls, model.cfg, galaxies, path, split)
     if dls.device.type == 'cpu': keep_memory()
     learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab)).to(dls.device), splitter=astroformer_splitter)
     if model.card.get('calibration'): use_scaling(learn, Scaling.from_dict(model.card['calibration']))

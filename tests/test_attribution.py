@@ -1,4 +1,5 @@
 "Attribution, attention and ablation of any network: equal to Captum by hand, within memory, and nothing left behind"
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
 from captum import attr
@@ -17,8 +18,9 @@ from astroformer_astro.interpret.ablation import ablate
 from astroformer_astro.interpret.attention import attention_maps, attention_relevance, frozen, record_attention
 from astroformer_astro.interpret.attribution import Explainer, Question, attribution_baselines, attribution_methods, fit_memory, integrated_gradients, predicted_classes, valid_methods
 from astroformer_astro.interpret.shape import GalaxyShape, galaxy_shape, neighbour_mask
-from astroformer_astro.learner import astroformer_learner
+from astroformer_astro.learner import astroformer_learner, load_astroformer_learner
 from astroformer_astro.models.astroformer import astroformer
+from astroformer_astro.models.checkpoint import save_astroformer
 
 shared = Path(__file__).parents[2]/'shared'/'data'
 torch.set_num_threads(1)
@@ -381,3 +383,13 @@ def test_predicted_classes_are_those_of_the_calibrated_network():
     learn = learner(astroformer('astroformer_nano', img_size=64, classes=3), galaxies())
     use_scaling(learn, Scaling('prior', (1.,), (0., 0., 9.)))
     assert predicted_classes(learn, range(4)) == [Explainer(learn).predict(i).predicted for i in range(4)] == [learn.dls.vocab[2]]*4
+
+
+def test_loaders_that_name_other_classes_than_the_network_learnt_are_refused(tmp_path):
+    galaxies = GalaxySet(np.random.default_rng(0).integers(0, 255, (20, 32, 32, 3), np.uint8), pd.DataFrame(dict(label=list('ab')*10)), ('a', 'b'))
+    other = replace(galaxies, classes=('b', 'a'))
+    weights = save_astroformer(astroformer_learner(GalaxyDataLoaders.from_galaxies(galaxies, device='cpu'), 'astroformer_nano'), tmp_path/'w')
+    learn = load_astroformer_learner(weights, 'cpu', other)
+    assert list(learn.dls.vocab) == ['a', 'b'] and Explainer(learn).predict(0).predicted in 'ab'
+    learn.dls = GalaxyDataLoaders.from_galaxies(other, device='cpu')
+    with pytest.raises(GalaxyDataError, match='knows the classes a, b, in this order, and its loaders name b, a'): Explainer(learn).predict(0)

@@ -304,6 +304,8 @@ class Prediction:
     def predicted(self): return max(self.probabilities, key=self.probabilities.get)
 
 # %% ../../nbs/41_interpret.attribution.ipynb #f1f98620
+_units = dict(saliency='logit per light', smoothgrad='logit per light', guided_backprop='logit per light', grad_cam='Grad-CAM')
+
 @dataclass(eq=False)
 class Attribution(Prediction):
     "A prediction and what each pixel did for the logit of one class"
@@ -317,6 +319,9 @@ class Attribution(Prediction):
     reference:np.ndarray=None # The baseline as a picture, `C x H x W` on a scale of 0 to 1
     seconds:float=None # Time taken
     pictures:int=None # How many the network was asked about
+
+    unit = property(lambda self: _units.get(self.method, 'logit a pixel'), doc='Of the values')
+    signed = property(lambda self: self.method not in ('saliency', 'grad_cam'), doc='Whether a value can speak against the class')
 
     def heatmap(self)->np.ndarray: # `H x W`
         "Signed sum over the bands"
@@ -405,8 +410,17 @@ def _colours(learn, picture): # `H x W x 3`, 0 to 1
         if hasattr(t, 'stretch'): return t.picture(picture)/np.float32(255)
     return picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
+def _check_classes(learn, logits):
+    "Raise where the loaders name other classes than those that the network learnt, or in another order"
+    ours, theirs = list(learn.dls.vocab), list((getattr(learn.model, 'card', None) or {}).get('classes') or ())
+    if logits.shape[1] != len(ours) or theirs and theirs != ours:
+        known = ', '.join(theirs) or f'{logits.shape[1]} of them'
+        raise GalaxyDataError(f"the network knows the classes {known}, in this order, and its loaders name {', '.join(map(str, ours))}; give galaxies to load_astroformer_learner, which keeps the network's own.")
+
 def _predict(learn, item, picture):
-    with frozen(learn.model), torch.no_grad(): p = _probabilities(learn, picture_logits(learn, picture[None]))[0].tolist()
+    with frozen(learn.model), torch.no_grad(): logits = picture_logits(learn, picture[None])
+    _check_classes(learn, logits)
+    p = _probabilities(learn, logits)[0].tolist()
     return Prediction(_colours(learn, picture), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
 
 # %% ../../nbs/41_interpret.attribution.ipynb #f0039570

@@ -192,9 +192,9 @@ def _to_fits(a, path, wcs):
     arrays, rest = _split_fields(a)
     arrays['image'] = np.moveaxis(arrays['image'], -1, 0)
     header = wcs.to_header() if wcs is not None else fits.Header()
-    said = dict(METHOD=a.method, TARGET=a.target, BASELINE=a.baseline, PREDICT=a.predicted, RECORD=json.dumps(rest, default=_plain))
+    said = dict(METHOD=a.method, TARGET=a.target, AGAINST=a.against, BASELINE=a.baseline, PREDICT=a.predicted, RECORD=json.dumps(rest, default=_plain))
     for k, v in said.items(): header[k] = json.dumps(v)[1:-1] if isinstance(v, str) and not v.isascii() else v
-    header['BUNIT'] = 'logit'
+    header['BUNIT'] = 'logit' if a.unit == 'logit a pixel' else a.unit
     hdus = [fits.PrimaryHDU(_as_fits(a.heatmap(), wcs), header)] + [fits.ImageHDU(_as_fits(v, wcs), wcs.to_header() if wcs is not None else None, name=k) for k, v in arrays.items()]
     fits.HDUList(hdus).writeto(path)
 

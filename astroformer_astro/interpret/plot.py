@@ -214,6 +214,8 @@ _compared_with = dict(sky='an empty sky', black='no light', blur='a blurred copy
 def _for(a, width=24): # Which class a map is about, and which it is contrasted with
     return f'for {_label(a.target, width)}' + ('' if a.against is None else f'\nand not {_label(a.against, width)}')
 
+def _sides(a): return 'red for, blue against\n' if a.signed else 'where it is largest\n'
+
 def _how(a):
     if a.delta is None: return a.method.replace('_', ' ')
     missed = f', {a.delta:.0%} missed' if a.delta >= .01 else ''
@@ -231,8 +233,8 @@ def plot_attribution(
     a, heatmap = attribution, gaussian_filter(attribution.heatmap(), smooth)
     fig, axs = _figure(6.4, 2.1, 3)
     draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
-    draw_heatmap(axs[1], heatmap, f'{_for(a)}\n{_how(a)}', vmax)
-    draw_contours(axs[2], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
+    draw_heatmap(axs[1], heatmap, f'{_for(a)}\n{_how(a)}', vmax, unit=a.unit)
+    draw_contours(axs[2], a.image, gaussian_filter(heatmap, smooth), _sides(a))
     return fig
 
 # %% ../../nbs/44_interpret.plot.ipynb #2e4a877c
@@ -279,8 +281,8 @@ def plot_explanation(
     fig, axs = _figure(9.6 if maps else 7.9, 2.2, 5 if maps else 4, width_ratios=[1, .8, 1, 1] + [1]*bool(maps))
     draw_picture(axs[0], a.image, _verdict(a)); _sky_marks(axs[0], a.image.shape[:2], pxscale, wcs)
     draw_probabilities(axs[1], a)
-    draw_heatmap(axs[2], heatmap, f'{_for(a)}\n{_how(a)}', vmax)
-    draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), 'red for, blue against\n')
+    draw_heatmap(axs[2], heatmap, f'{_for(a)}\n{_how(a)}', vmax, unit=a.unit)
+    draw_contours(axs[3], a.image, gaussian_filter(heatmap, smooth), _sides(a))
     if maps:
         values = maps.query(*query, block, head) if query else maps.average(block, head)
         attention_bar(draw_attention(axs[4], maps, values, a.image, f"attention paid {'by' if query else 'to'}\n{'the outlined patch' if query else 'each patch'}", query), axs[4])
@@ -290,12 +292,13 @@ def plot_explanation(
 # %% ../../nbs/44_interpret.plot.ipynb #4c15e13d
 def plot_comparison(
     attributions, # A list, or a dict of titles
-    common=True, # One colour scale for all
-    vmax=None, # Its end, logit a pixel; by default it holds all the maps
+    common=True, # One colour scale for all that are in the same unit
+    vmax=None, # Its end; by default it holds all the maps
     smooth:float=1., # Gaussian sigma for the eye, px
 )->Picture:
     "A column for each: the galaxy with contours, and the map; write it with `.savefig(path)`"
     named = attributions if isinstance(attributions, dict) else {i: a for i, a in enumerate(attributions)}
+    common = common and len({a.unit for a in named.values()}) == 1
     titles = [k if isinstance(k, str) else _verdict(a, 17) for k, a in named.items()]
     maps = [gaussian_filter(a.heatmap(), smooth) for a in named.values()]
     if common: vmax = vmax or common_scale(maps)
@@ -303,8 +306,8 @@ def plot_comparison(
     axs = fig.subplots(2, len(maps), squeeze=False)
     for (top, low), a, m, title in zip(axs.T, named.values(), maps, titles):
         draw_contours(top, a.image, gaussian_filter(m, smooth), title)
-        drawn = draw_heatmap(low, m, f'{_for(a, 22)}\n{_how(a)}', vmax, bar=not common)
-    if common: heatmap_bar(drawn, axs[1])
+        drawn = draw_heatmap(low, m, f'{_for(a, 22)}\n{_how(a)}', vmax, bar=not common, unit=a.unit)
+    if common: heatmap_bar(drawn, axs[1], next(iter(named.values())).unit)
     return fig
 
 # %% ../../nbs/44_interpret.plot.ipynb #818b4d26

@@ -348,8 +348,8 @@ class GalaxyExplorer(Shown):
     def png(self, dpi=110):
         "All pictures that are shown, as one PNG"
         self.state.wait()
-        pictures = [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state), partial(_wcs_of, self.state)).values()]
-        return stacked(pictures or [to_png(self.figure(), dpi)])
+        missing = [] if self.state.answer.attribution else [to_png(self.figure(), dpi)]        # which says why
+        return stacked(missing + [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state), partial(_wcs_of, self.state)).values()])
 
     def export(self,
         path=None, # Where to; by default a new name made of galaxy, method and classes, in the current folder
