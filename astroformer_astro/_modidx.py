@@ -1709,6 +1709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'astroformer_astro.learner._chosen': ('learner.html#_chosen', 'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._features': ( 'learner.html#_features',
                                                                                     'astroformer_astro/learner.py'),
+                                           'astroformer_astro.learner._hidden': ('learner.html#_hidden', 'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._loss': ('learner.html#_loss', 'astroformer_astro/learner.py'),
                                            'astroformer_astro.learner._made_already': ( 'learner.html#_made_already',
                                                                                         'astroformer_astro/learner.py'),

@@ -216,7 +216,7 @@ def _with_network(job):
         raise GalaxyDataError(f'the weights of {job.pretrained} are of {name}, not of {job.arch}; leave the network out, or ask for {name}.')
     return replace(job, arch=name), old
 
-def _kept(cfg): return dict(strides=cfg.strides, equivariant=cfg.equivariant) | ({} if cfg.hidden else dict(hidden=False))
+def _kept(cfg): return dict(strides=cfg.strides, equivariant=cfg.equivariant)
 
 def _origin(job, old, classes):
     "A sentence on the weights that training started from"

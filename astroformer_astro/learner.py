@@ -24,7 +24,7 @@ from .data.block import GalaxyDataLoaders
 from .device import Autocast, Compiled, choose_precision, keep_memory
 from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, AstroformerCfg, astroformer, model_cfgs
-from .models.checkpoint import load_astroformer, load_pretrained
+from .models.checkpoint import load_astroformer, load_pretrained, read_card
 from .recipe import GalaxyLoss, Recipe, RestingNorms, RunningMean, default_epochs, recipe as make_recipe, training_stages
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
@@ -147,7 +147,7 @@ def astroformer_learner(
 def _network(dls, arch, pretrained, r, own):
     if given := {'bands', 'classes', 'img_size'} & set(own): raise GalaxyDataError(f"{', '.join(sorted(given))} of the network are those of the galaxies, and cannot be given.")
     if isinstance(arch, nn.Module): model = _made_already(arch, pretrained, own)
-    elif arch in model_cfgs: model = _ours(dls, arch, pretrained, dict(drop_path=r.drop_path, drop=r.drop, hidden=not r.probe) | own)
+    elif arch in model_cfgs: model = _ours(dls, arch, pretrained, dict(drop_path=r.drop_path, drop=r.drop, hidden=_hidden(r, pretrained)) | own)
     elif timm.is_model(arch.split('.')[0]): model = _timms(dls, arch, pretrained, dict(drop_path_rate=r.drop_path, drop_rate=r.drop) | own)
     else: raise GalaxyDataError(f"no network is called {arch!r}; there are {', '.join(model_cfgs)}, and those of timm.")
     return model.to(memory_format=torch.channels_last)
@@ -156,6 +156,9 @@ def _made_already(model, pretrained, own):
     if pretrained: raise GalaxyDataError('this network is made already; load its `pretrained` weights into it yourself, and leave them out here.')
     if own: raise GalaxyDataError(f"{', '.join(own)} cannot be set in a network that is made already.")
     return model
+
+def _hidden(r, pretrained): # Whether there is a hidden layer in the head: as in the weights, but not before a regression
+    return not r.probe and (pretrained is None or read_card(pretrained)['cfg'].get('hidden', True))
 
 def _ours(dls, arch, pretrained, fields):
     model = astroformer(arch, img_size=dls.size, bands=len(dls.stats[0]), classes=len(dls.vocab), **fields)
