@@ -116,8 +116,7 @@ class Astroformer(TimmMethods, nn.Module):
         self.cfg, self.num_classes, self.num_features, self.head_hidden_size = cfg, cfg.classes, cfg.widths[-1], cfg.widths[-1] if cfg.hidden else None
         self.stem = Stem(cfg.bands, cfg.stem_width)
         self.stages = nn.Sequential(*_stages(cfg))
-        self.head = NormMlpClassifierHead(cfg.widths[-1], cfg.classes, hidden_size=self.head_hidden_size, drop_rate=cfg.drop,
-                                          norm_layer=partial(LayerNorm2d, eps=1e-6))
+        self.head = NormMlpClassifierHead(cfg.widths[-1], cfg.classes, hidden_size=self.head_hidden_size, drop_rate=cfg.drop, norm_layer=partial(LayerNorm2d, eps=1e-6))
         self.feature_info = [dict(num_chs=c, reduction=2*math.prod(cfg.strides[:i]), module=f'stages.{i-1}' if i else 'stem')
                              for i, c in enumerate((cfg.stem_width, *cfg.widths))]
         init_conv(self.stem)
@@ -158,7 +157,6 @@ def _check(cfg):
     if set(cfg.strides) - {1, 2}: raise ValueError(f'a stage strides by 1 or 2, not as in {cfg.strides}')
     for name, least in dict(bands=1, classes=0, stem_width=1, head_width=1).items():
         if not _counts(v := getattr(cfg, name), least): raise ValueError(f'{name} is their number, from {least}, not {v!r}')
-    if not isinstance(cfg.hidden, bool): raise ValueError(f'hidden is True or False, not {cfg.hidden!r}')
     if cfg.rel_attn not in ('pre', 'post'): raise ValueError(f"rel_attn is 'pre' or 'post', not {cfg.rel_attn!r}")
     if not all(_counts(s, 32) for s in cfg.img_size): raise ValueError(f'images must be at least 32 px, in whole pixels, not {cfg.img_size}')
     if cfg.equivariant: _check_multiple(cfg.img_size, cfg.strides)
