@@ -171,9 +171,9 @@ def test_memory_that_never_suffices():
 
 
 def test_many_steps_in_small_chunks():
-    learn = learner(Hungry(40, RuntimeError('out of memory')), galaxies())
+    learn = learner(Hungry(64, RuntimeError('out of memory')), galaxies())
     Explainer(learn).attribute(0, steps=1500, target='b')
-    assert max(learn.model.sizes) <= 40 and sum(learn.model.sizes) >= 1500
+    assert max(learn.model.sizes) <= 64 and sum(learn.model.sizes) >= 1500
 
 
 class Stopped(Exception): pass
