@@ -377,7 +377,10 @@ class ForgetCalibration(Callback):
 
     def _drop(self, why):
         loss, found = self.learn.loss_func, False
-        while loss is not None: loss, found = getattr(loss, 'func', None), vars(loss).pop('activation', None) is not None or found        # in place: fastai may hold it just now
+        while loss is not None:                        # in place: fastai may hold it just now
+            own = getattr(loss, '__dict__', {})
+            if isinstance(own.get('activation'), Scaling): del own['activation']; found = True
+            loss = getattr(loss, 'func', None)
         if found: warnings.warn(f'{why}, and it was dropped; calibrate again.')
 
 # %% ../nbs/31_calibration.ipynb #868a0471

@@ -24,7 +24,7 @@ from .data.block import GalaxyDataLoaders
 from .device import Autocast, Compiled, choose_precision, keep_memory
 from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, AstroformerCfg, astroformer, model_cfgs
-from .models.checkpoint import load_astroformer, load_pretrained, read_card
+from .models.checkpoint import check_classes, load_astroformer, load_pretrained, read_card
 from .recipe import GalaxyLoss, Recipe, RestingNorms, RunningMean, default_epochs, recipe as make_recipe, training_stages
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
@@ -158,7 +158,7 @@ def _made_already(model, pretrained, own):
     return model
 
 def _hidden(r, pretrained): # Whether there is a hidden layer in the head: as in the weights, but not before a regression
-    return not r.probe and (pretrained is None or read_card(pretrained)['cfg'].get('hidden', True))
+    return not r.probe and (not pretrained or read_card(pretrained)['cfg'].get('hidden', True))
 
 def _ours(dls, arch, pretrained, fields):
     model = astroformer(arch, img_size=dls.size, bands=len(dls.stats[0]), classes=len(dls.vocab), **fields)
@@ -260,6 +260,7 @@ def evaluate(
     if galaxies is None and not len(learn.dls.catalog): raise GalaxyDataError('this learner was loaded without galaxies; give a `GalaxySet` to score.')
     dl = None if galaxies is None else learn.dls.test_dl(_images(learn, galaxies))
     with learn.no_bar(), learn.no_logging(): p, y = learn.get_preds(dl=dl)
+    check_classes(learn.model, classes, p.shape[1])
     if galaxies is not None: y = torch.tensor(_numbers(galaxies.catalog.label, classes))
     p, y = p.numpy(), y.numpy()
     return dict(metrics=summary_metrics(y, p), table=class_table(y, p, classes), y=y, p=p)

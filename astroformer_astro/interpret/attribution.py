@@ -28,6 +28,7 @@ from ..core import GalaxyDataError, require
 from .attention import attention_maps, attention_relevance, frozen, token_side
 from .shape import border_of
 from ..models.astroformer import Astroformer
+from ..models.checkpoint import check_classes
 from ..models.inference import for_inference
 
 # %% ../../nbs/41_interpret.attribution.ipynb #e0336761
@@ -410,16 +411,9 @@ def _colours(learn, picture): # `H x W x 3`, 0 to 1
         if hasattr(t, 'stretch'): return t.picture(picture)/np.float32(255)
     return picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
-def _check_classes(learn, logits):
-    "Raise where the loaders name other classes than those that the network learnt, or in another order"
-    ours, theirs = list(learn.dls.vocab), list((getattr(learn.model, 'card', None) or {}).get('classes') or ())
-    if logits.shape[1] != len(ours) or theirs and theirs != ours:
-        known = ', '.join(theirs) or f'{logits.shape[1]} of them'
-        raise GalaxyDataError(f"the network knows the classes {known}, in this order, and its loaders name {', '.join(map(str, ours))}; give galaxies to load_astroformer_learner, which keeps the network's own.")
-
 def _predict(learn, item, picture):
     with frozen(learn.model), torch.no_grad(): logits = picture_logits(learn, picture[None])
-    _check_classes(learn, logits)
+    check_classes(learn.model, learn.dls.vocab, logits.shape[1])
     p = _probabilities(learn, logits)[0].tolist()
     return Prediction(_colours(learn, picture), dict(zip(learn.dls.vocab, p)), truth_of(learn, item))
 
@@ -614,5 +608,6 @@ def predicted_classes(
     if not items: return []
     with frozen(learn.model), torch.no_grad():
         found = [learn.model(b[0].as_subclass(torch.Tensor)) for b in learn.dls.test_dl(items, num_workers=0)]
+        check_classes(learn.model, learn.dls.vocab, found[0].shape[1])
         numbers = [_probabilities(learn, logits).argmax(1).tolist() for logits in found]
     return [learn.dls.vocab[i] for batch in numbers for i in batch]

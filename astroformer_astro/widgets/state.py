@@ -20,6 +20,7 @@ from ..calibration import ConformalSets, current_scaling
 from ..core import GalaxyDataError
 from ..data.stretch import Stretch
 from ..interpret.attribution import Explainer, _checksum
+from ..models.checkpoint import check_classes
 
 # %% ../../nbs/50_widgets.state.ipynb #39cfc57c
 def sentence(
@@ -173,6 +174,7 @@ def filter_columns(
 # %% ../../nbs/50_widgets.state.ipynb #20857785
 def _outputs(learn, items): # Probabilities, `N x classes`
     with torch.no_grad(): logits = torch.cat([learn.model(b[0].as_subclass(torch.Tensor)) for b in learn.dls.test_dl(items, bs=len(items), num_workers=0)])
+    check_classes(learn.model, learn.dls.vocab, logits.shape[1])
     return getattr(learn.loss_func, 'activation', lambda x: x.softmax(-1))(logits).cpu().numpy()
 
 def _called_alone(explainer, item): # `(predicted, confidence, problem)`
