@@ -66,6 +66,7 @@ surveys = {
     'c': Survey(bands=('g', 'r', 'i', 'z', 'y'), fov=256*0.2, fwhm=(.8, .75, .7, .7, .7), depth=(25.5, 25.2, 25.0, 24.4, 23.6), gain=3000,
                 weight=(), black=0, footprint=(150, 240, -5, 5))}
 
+# %% ../nbs/01_synth.ipynb #3aaa9d2b
 def get_survey(
     survey, # A name in `surveys`, or a `Survey` of your own
 )->Survey:
@@ -412,7 +413,7 @@ def disc_with_arms(
     return [Layer(share(np.exp(-r/h), 1-arms-young), look.colour), Layer(share(ridge, arms), look.colour-.15),
             Layer(young*knots(cv, rng, to_sky, pitch, r0, h, m, phi0), look.colour-.45)]
 
-# %% ../nbs/01_synth.ipynb #e9dccf73
+# %% ../nbs/01_synth.ipynb #daa93a3a
 def mix(
     layers:list, # `Layer`s
     f:float,     # Factor
@@ -420,6 +421,7 @@ def mix(
     "`layers` with their light multiplied by `f`"
     return [l._replace(light=f*l.light) for l in layers]
 
+# %% ../nbs/01_synth.ipynb #e9dccf73
 def handed(
     rng, # A numpy `Generator`
 )->int:

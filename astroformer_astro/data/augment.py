@@ -39,7 +39,7 @@ def affine(
     m = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], 1)
     return torch.cat([m, -(m @ shift[:,:,None])], -1)
 
-# %% ../../nbs/14_data.augment.ipynb #259256da
+# %% ../../nbs/14_data.augment.ipynb #84504404
 def border_sky(
     x, # `B x C x H x W`
 )->tuple: # Level and noise, each `B x C x 1 x 1`
@@ -48,6 +48,7 @@ def border_sky(
     level = edge.median(-1, keepdim=True)[0]
     return level[..., None], 1.4826*(edge - level).abs().median(-1, keepdim=True)[0][..., None]
 
+# %% ../../nbs/14_data.augment.ipynb #259256da
 def _normal(x):
     return torch.randn(x.shape, dtype=x.dtype, device=x.device)      # randn_like follows the strides of x, and is slow where they are turned
 
@@ -91,7 +92,15 @@ def recede(
     near, far = (Planck18.angular_diameter_distance(v).value for v in (z, to))
     return near/far, ((1 + z)/(1 + to))**3
 
-# %% ../../nbs/14_data.augment.ipynb #2e5ba351
+# %% ../../nbs/14_data.augment.ipynb #4bffe491
+def _farther(x, size, light, seeing):
+    "Fainter galaxies, blurred by what the PSF will lack once they are smaller (by an average over pixels at the least), and the sky for `resample`"
+    level, noise = border_sky(x)
+    blurred = blur(x, torch.sqrt((seeing**2 + 1.2**2)*(1/size**2 - 1)))
+    fainter = level + (blurred - level)*light.view(-1, 1, 1, 1)
+    return fainter, (level, noise, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt())
+
+# %% ../../nbs/14_data.augment.ipynb #ccb09089
 def depth_to_sigma(
     depth, # AB magnitude of a star at five sigma
     fwhm, # PSF full width at half maximum, arcsec
@@ -100,6 +109,7 @@ def depth_to_sigma(
     "Sky noise of a pixel at a depth"
     return 10**((22.5 - depth)/2.5)/5*pxscale*2.3548/(fwhm*math.sqrt(4*math.pi))
 
+# %% ../../nbs/14_data.augment.ipynb #2e5ba351
 def add_noise(
     x, # `B x C x H x W`
     sigma, # Deviation of the sky noise in the unit of `x`: `B`, `B x C` or `B x C x 1 x 1`
@@ -109,6 +119,28 @@ def add_noise(
     variance = sigma.view(*sigma.shape, *[1]*(4 - sigma.ndim))**2
     if gain is not None: variance = variance + x.clamp_min(0)/gain
     return x + variance.sqrt()*_normal(x)
+
+# %% ../../nbs/14_data.augment.ipynb #f9137f29
+def _galaxy(x, pxscale):
+    galaxy = TensorGalaxy(x)
+    galaxy.pxscale = pxscale
+    return galaxy
+
+def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
+    return (torch.rand(len(x), device=x.device) < p).nonzero()[:,0]
+
+def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
+    return 2*torch.rand(len(x), *shape, device=x.device) - 1
+
+def _check_strengths(t, **settings):
+    "Set the settings of a transform; raises `GalaxyDataError` for one that is no number from 0 on, or a share `p` above 1"
+    for name, v in settings.items():
+        if v is not None and v != 0 or isinstance(v, (bool, str)): check_number(v, f'{name} of {type(t).__name__}', most=1 if name == 'p' else math.inf)
+        setattr(t, name, v)
+
+def _in_disc(x): # Draws from the disc of radius 1, all its parts alike, `B x 2`
+    r, turn = torch.rand(len(x), device=x.device).sqrt(), math.pi*_uniform(x)
+    return torch.stack([r*turn.cos(), r*turn.sin()], -1)
 
 # %% ../../nbs/14_data.augment.ipynb #a7de90e0
 class GalaxyTransform(DisplayedTransform):
@@ -136,27 +168,13 @@ class GalaxyTransform(DisplayedTransform):
         if scale is None or not scale.isfinite().all(): raise GalaxyDataError(f'{type(self).__name__} works in arcsec and the pixel scale is not known; give the catalogue a column pxscale, or pxscale= to {type(self).__name__}.')
         return scale
 
-# %% ../../nbs/14_data.augment.ipynb #f9137f29
-def _galaxy(x, pxscale):
-    galaxy = TensorGalaxy(x)
-    galaxy.pxscale = pxscale
-    return galaxy
-
-def _chosen(x, p): # Positions in the batch of a share `p` of the galaxies
-    return (torch.rand(len(x), device=x.device) < p).nonzero()[:,0]
-
-def _uniform(x, *shape): # Draws from -1 to 1, `B x shape`
-    return 2*torch.rand(len(x), *shape, device=x.device) - 1
-
-def _check_strengths(t, **settings):
-    "Set the settings of a transform; raises `GalaxyDataError` for one that is no number from 0 on, or a share `p` above 1"
-    for name, v in settings.items():
-        if v is not None and v != 0 or isinstance(v, (bool, str)): check_number(v, f'{name} of {type(t).__name__}', most=1 if name == 'p' else math.inf)
-        setattr(t, name, v)
-
-def _in_disc(x): # Draws from the disc of radius 1, all its parts alike, `B x 2`
-    r, turn = torch.rand(len(x), device=x.device).sqrt(), math.pi*_uniform(x)
-    return torch.stack([r*turn.cos(), r*turn.sin()], -1)
+# %% ../../nbs/14_data.augment.ipynb #6d98f45e
+def _distances(redshift, steps=65):
+    "Factors of size and of light at redshifts from that of the survey to the largest, `2 x steps`"
+    if not (isinstance(redshift, (tuple, list)) and len(redshift) == 2):
+        raise GalaxyDataError(f'redshift of GalaxyAugment is {redshift!r}; give that of the survey and the largest to move its galaxies to.')
+    for z in redshift: check_number(z, 'redshift of GalaxyAugment')
+    return torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, steps))), dtype=torch.float32)
 
 # %% ../../nbs/14_data.augment.ipynb #29af7751
 class GalaxyAugment(GalaxyTransform):
@@ -173,11 +191,9 @@ class GalaxyAugment(GalaxyTransform):
         pxscale:float=None, # arcsec/px; by default that of each galaxy
     ):
         _check_strengths(self, p=p, angle=angle, shift=shift, zoom=zoom, jitter=jitter, seeing=seeing, pxscale=pxscale)
-        if redshift is not None and not (isinstance(redshift, (tuple, list)) and len(redshift) == 2): raise GalaxyDataError(f'redshift of GalaxyAugment is {redshift!r}; give that of the survey and the largest to move its galaxies to.')
-        for z in redshift or (): check_number(z, 'redshift of GalaxyAugment')
         self.redshift = redshift
         self.in_arcsec = jitter is not None or bool(seeing)
-        if redshift: self.distances = torch.tensor(np.stack(recede(redshift[0], np.linspace(*redshift, 65))), dtype=torch.float32)
+        if redshift is not None: self.distances = _distances(redshift)
 
     def encodes(self, x:TensorGalaxy):
         chosen, scale = _chosen(x, self.p), getattr(x, 'pxscale', None)
@@ -189,19 +205,14 @@ class GalaxyAugment(GalaxyTransform):
         "All that is not a quarter-turn, in one resampling; a mask is moved by the nearest pixel"
         if self.jitter is not None or self.seeing: scale = self.arcsec(x, scale)
         x, mask = (x[:, :-1], x[:, -1:]) if self.mask else (x, None)
-        x, size, sky = self._recede(x, scale) if self.redshift else (x, 1., None)
+        size, sky = 1., None
+        if self.redshift:
+            size, light = self.distances.to(x.device)[:, torch.randint(65, (len(x),), device=x.device)]
+            x, sky = _farther(x, size, light, self.seeing/scale if self.seeing else 0.)
         shift = self.shift if self.jitter is None else (2*self.jitter/x.shape[-1]/scale)[:,None]
         matrix = affine(math.radians(self.angle)*_uniform(x), (self.zoom*_uniform(x)).exp()*size, shift*_in_disc(x))
         y = resample(x, matrix, sky)
         return y if mask is None else torch.cat([y, (resample(mask, matrix) > .5).to(y.dtype)], 1)
-
-    def _recede(self, x, scale):
-        "Fainter, blurred by what the PSF will lack once the galaxy is smaller (by an average over pixels at the least), and as noisy as before"
-        size, light = self.distances.to(x.device)[:, torch.randint(65, (len(x),), device=x.device)]
-        seeing = self.seeing/scale if self.seeing else 0.
-        level, noise = border_sky(x)
-        fainter = level + (blur(x, torch.sqrt((seeing**2 + 1.2**2)*(1/size**2 - 1))) - level)*light.view(-1, 1, 1, 1)
-        return fainter, size, (level, noise, (noise**2 - border_sky(fainter)[1]**2).clamp_min(0).sqrt())
 
 # %% ../../nbs/14_data.augment.ipynb #bb67b7ff
 class Seeing(GalaxyTransform):

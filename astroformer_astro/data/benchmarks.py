@@ -26,6 +26,14 @@ from .images import GalaxySet, bar, check_whole, pixel_store, to_cutout
 from .tensor import TensorGalaxy
 from fastai.vision.data import DisplayedTransform
 
+# %% ../../nbs/17_data.benchmarks.ipynb #f22d629f
+galaxy10_sdss_classes = ('Disk, Face-on, No Spiral', 'Smooth, Completely round', 'Smooth, in-between round', 'Smooth, Cigar shaped',
+                         'Disk, Edge-on, Rounded Bulge', 'Disk, Edge-on, Boxy Bulge', 'Disk, Edge-on, No Bulge',
+                         'Disk, Face-on, Tight Spiral', 'Disk, Face-on, Medium Spiral', 'Disk, Face-on, Loose Spiral')
+galaxy10_sdss_counts = (3461, 6997, 6292, 349, 1534, 17, 589, 1121, 906, 519)
+_cifar10_classes = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_cifar = 'https://www.cs.toronto.edu/~kriz/', 'Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images'
+
 # %% ../../nbs/17_data.benchmarks.ipynb #b635ef33
 @dataclass(frozen=True)
 class Benchmark:
@@ -38,14 +46,6 @@ class Benchmark:
     counts:tuple # Pictures of each class, in the order of their numbers
     classes:tuple=() # Class names in that order; empty where the file itself carries them
     cite:str='' # Whom to name, and the licence where one is stated
-
-# %% ../../nbs/17_data.benchmarks.ipynb #f22d629f
-galaxy10_sdss_classes = ('Disk, Face-on, No Spiral', 'Smooth, Completely round', 'Smooth, in-between round', 'Smooth, Cigar shaped',
-                         'Disk, Edge-on, Rounded Bulge', 'Disk, Edge-on, Boxy Bulge', 'Disk, Edge-on, No Bulge',
-                         'Disk, Face-on, Tight Spiral', 'Disk, Face-on, Medium Spiral', 'Disk, Face-on, Loose Spiral')
-galaxy10_sdss_counts = (3461, 6997, 6292, 349, 1534, 17, 589, 1121, 906, 519)
-_cifar10_classes = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-_cifar = 'https://www.cs.toronto.edu/~kriz/', 'Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images'
 
 # %% ../../nbs/17_data.benchmarks.ipynb #6cccad61
 benchmarks = {b.name: b for b in (
@@ -74,17 +74,6 @@ def data_folder()->Path:
     "Folder of downloaded benchmarks: `$ASTROFORMER_DATA`, or the user's cache folder"
     return Path(os.environ.get('ASTROFORMER_DATA') or require('pooch', 'download').os_cache('astroformer_astro')).expanduser()
 
-# %% ../../nbs/17_data.benchmarks.ipynb #08d56b80
-def resume_download(
-    url:str, # Where from
-    output_file, # File to write; what it holds already is taken for the beginning
-    pooch=None, # Pooch names itself here where it is the caller; not used
-    progress:bool=True, # Show a progress bar
-    timeout:float=30., # Longest silence of the server, seconds
-):
-    "Download a file, continuing what an earlier attempt left; raises what `requests` raises, with all that arrived kept"
-    while not _receive(url, Path(output_file), progress, timeout): time.sleep(min(1, timeout))
-
 # %% ../../nbs/17_data.benchmarks.ipynb #138db67b
 def _receive(url, path, progress, timeout):
     "One connection: whether the file is whole after it; raises where it brought nothing new"
@@ -110,6 +99,17 @@ def _write(answer, path, start, progress): # Size that the file should have then
     return start + rest
 
 def _bytes(path): return path.stat().st_size if path.exists() else 0
+
+# %% ../../nbs/17_data.benchmarks.ipynb #08d56b80
+def resume_download(
+    url:str, # Where from
+    output_file, # File to write; what it holds already is taken for the beginning
+    pooch=None, # Pooch names itself here where it is the caller; not used
+    progress:bool=True, # Show a progress bar
+    timeout:float=30., # Longest silence of the server, seconds
+):
+    "Download a file, continuing what an earlier attempt left; raises what `requests` raises, with all that arrived kept"
+    while not _receive(url, Path(output_file), progress, timeout): time.sleep(min(1, timeout))
 
 # %% ../../nbs/17_data.benchmarks.ipynb #a0500cba
 @contextmanager
@@ -224,6 +224,19 @@ def _photographs(pictures, numbers, classes, split, source, size, progress):
     for i, img in enumerate(bar(pictures, progress, len(numbers))): images[i] = to_cutout(img, size)
     return GalaxySet(images, pd.DataFrame(dict(label=np.array(classes)[numbers], split=split)), tuple(classes), str(source))
 
+# %% ../../nbs/17_data.benchmarks.ipynb #10ac8b7f
+def _first_words(ids, words):
+    "The first of each class's synonyms; with the number of the class where two share it"
+    first = [words[i].split(',')[0] for i in ids]
+    return [f'{w} ({i})' if first.count(w) > 1 else w for w, i in zip(first, ids)]
+
+# %% ../../nbs/17_data.benchmarks.ipynb #7b74fd9a
+def _unpack_cifar(b, folder, kind, progress):
+    path = fetch_benchmark(b, folder, progress)
+    try:
+        with _alone(folder/b.name): return [kind(folder, train=t, download=True) for t in (True, False)]
+    except (RuntimeError, OSError) as e: raise GalaxyDataError(f'{path} cannot be unpacked beside itself ({e}); name a folder you may write to.') from e
+
 # %% ../../nbs/17_data.benchmarks.ipynb #d0fbb7b5
 def _read_cifar(b, folder, size, progress):
     folder, kind = Path(folder or data_folder()).expanduser(), getattr(datasets, b.name.upper())
@@ -233,13 +246,6 @@ def _read_cifar(b, folder, size, progress):
     split = np.repeat(['train', 'valid'], [len(p) for p in parts])
     _check_contents(b, folder/b.file, pixels.shape, numbers, parts[0].classes)
     return _photographs(pixels, numbers, parts[0].classes, split, folder/b.file, size, progress)
-
-# %% ../../nbs/17_data.benchmarks.ipynb #7b74fd9a
-def _unpack_cifar(b, folder, kind, progress):
-    path = fetch_benchmark(b, folder, progress)
-    try:
-        with _alone(folder/b.name): return [kind(folder, train=t, download=True) for t in (True, False)]
-    except (RuntimeError, OSError) as e: raise GalaxyDataError(f'{path} cannot be unpacked beside itself ({e}); name a folder you may write to.') from e
 
 # %% ../../nbs/17_data.benchmarks.ipynb #d0e5261b
 def _read_tiny(b, folder, size, progress):
@@ -253,12 +259,6 @@ def _read_tiny(b, folder, size, progress):
         classes, first = _first_words(ids, words), Image.open(z.open(files[0]))
         _check_contents(b, path, (len(files), *first.size, 3), numbers, classes)
         return _photographs((Image.open(z.open(n)) for n in files), numbers, classes, split, path, size, progress)
-
-# %% ../../nbs/17_data.benchmarks.ipynb #10ac8b7f
-def _first_words(ids, words):
-    "The first of each class's synonyms; with the number of the class where two share it"
-    first = [words[i].split(',')[0] for i in ids]
-    return [f'{w} ({i})' if first.count(w) > 1 else w for w, i in zip(first, ids)]
 
 # %% ../../nbs/17_data.benchmarks.ipynb #6a7bceac
 def read_benchmark(

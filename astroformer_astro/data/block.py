@@ -104,10 +104,11 @@ def _read_with_votes(read, table, images, y, bad, classes, **kwargs):
     if problems: galaxies.skipped['problem'] = [problems.get(r, p) if p == 'no label' else p for r, p in zip(galaxies.skipped.row, galaxies.skipped.problem)]
     return galaxies
 
-# %% ../../nbs/15_data.block.ipynb #f225b024
+# %% ../../nbs/15_data.block.ipynb #73200b9e
 class TensorVotes(TensorBase):
     "Shares of votes for each class, `C`, or of a batch of galaxies, `B x C`"
 
+# %% ../../nbs/15_data.block.ipynb #f225b024
 class _Vote(Transform):
     "From shares to `TensorVotes`; decoded to the class of most votes and its share"
     def __init__(self, vocab): self.vocab = CategoryMap(vocab, sort=False)
@@ -122,6 +123,7 @@ def VotesBlock(
     "A fastai `TransformBlock` for shares of votes"
     return TransformBlock(type_tfms=_Vote(list(vocab)))
 
+# %% ../../nbs/15_data.block.ipynb #37a4edb5
 @dispatch
 def show_results(x:TensorGalaxy, y:TensorVotes, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None: ctxs = _grid(min(len(samples), max_n), nrows, ncols, figsize)
@@ -159,6 +161,16 @@ class _RowsDL(TfmdDL):
         if rows is None: yield from super().create_batches(samps)
         else: yield from (rows.batch([self.dataset.items[i] for i in some]) for some in self.chunkify(samps))
 
+# %% ../../nbs/15_data.block.ipynb #e0e4749b
+def _rows(rows, name, n):
+    if not np.iterable(rows) or isinstance(rows, (str, dict)): raise GalaxyDataError(f'{name} is {rows!r}; give row numbers, or a mask of all rows.')
+    try: given = row_numbers(list(rows), n)
+    except ValueError as e: raise GalaxyDataError(f'{name}: {e}') from None
+    rows = np.unique(given)
+    if len(rows) < len(given): raise GalaxyDataError(f'{name} names {len(given) - len(rows)} rows more than once; give each once.')
+    if not len(rows): raise GalaxyDataError(f'{name} is empty; it must name rows from 0 to {n-1}.')
+    return rows
+
 # %% ../../nbs/15_data.block.ipynb #3bbdce46
 def split_rows(
     catalog:pd.DataFrame, # Columns `label`, and `ra` and `dec` (degrees) where they are known
@@ -172,7 +184,8 @@ def split_rows(
     if valid is None: part, valid = split_galaxies(catalog.label, groups, valid_pct, seed)
     else: valid = _rows(valid, 'valid', len(catalog)); part = np.setdiff1d(np.arange(len(catalog)), valid)
     train = part if train is None else _rows(train, 'train', len(catalog))
-    if torn := _torn(groups, train, valid): warnings.warn(f'{torn} of the {len(valid)} galaxies held out share sky with one that is trained on; split_galaxies and split_by_column keep them apart.', stacklevel=3)
+    if torn := _torn(groups, train, valid):
+        warnings.warn(f'{torn} of the {len(valid)} galaxies held out share sky with one that is trained on; split_galaxies and split_by_column keep them apart.', stacklevel=3)
     if both := set(train) & set(valid): raise GalaxyDataError(f'{len(both)} galaxies are both to be trained on and held out, row {min(both)} among them.')
     missing = set(catalog.label.iloc[valid]) - set(catalog.label.iloc[train])
     if missing: raise GalaxyDataError(f'no galaxy of class {sorted(missing)[0]!r} is left to train on, but some are held out; hold out fewer, or leave out the class.')
@@ -180,20 +193,6 @@ def split_rows(
 
 def _torn(groups, train, valid): # How many galaxies of `valid` are in a group with one of `train`
     return 0 if groups is None else int(np.isin(groups[valid], groups[train]).sum())
-
-def _statistics(galaxies, rows):
-    mean, std = band_statistics(galaxies.images, rows, galaxies.stretch)
-    if galaxies.bands[-1:] == ('mask',): mean[-1], std[-1] = 0, 1          # a hole is 1, however rare holes are in training
-    return mean, std
-
-def _rows(rows, name, n):
-    if not np.iterable(rows) or isinstance(rows, (str, dict)): raise GalaxyDataError(f'{name} is {rows!r}; give row numbers, or a mask of all rows.')
-    try: given = row_numbers(list(rows), n)
-    except ValueError as e: raise GalaxyDataError(f'{name}: {e}') from None
-    rows = np.unique(given)
-    if len(rows) < len(given): raise GalaxyDataError(f'{name} names {len(given) - len(rows)} rows more than once; give each once.')
-    if not len(rows): raise GalaxyDataError(f'{name} is empty; it must name rows from 0 to {n-1}.')
-    return rows
 
 # %% ../../nbs/15_data.block.ipynb #a5d87941
 def _check_settings(bs=64, valid_pct=.2, seed=42, separation=None, num_workers=0, augment=None, y='label', stats=None, **_):
@@ -225,6 +224,85 @@ def _sky_said(groups, separation, why, train, valid):
     whole = f', {len(set(groups))} groups{" on the sky" if why else ""} kept whole: galaxies {near}, the largest of {np.bincount(groups).max()}'
     return whole if why else f'{whole}; {_nowhere}'
 
+# %% ../../nbs/15_data.block.ipynb #0859ad5a
+def _groups(galaxies, position, separation):
+    "The group of each galaxy, by the sky and by equal pixels, `None` where nothing links any; the separation, and why; and which images are the same"
+    copies = same_pixels(galaxies.images) if np.any(separation != 0) else np.arange(len(galaxies))
+    if len(copies) > 1 and not copies.any(): raise GalaxyDataError(f'all {len(copies)} images are copies of each other, pixel for pixel; look at what {galaxies.source} holds or names.')
+    separation, why = _apart(galaxies, separation)
+    if position: return joined_groups(sky_groups(*position, separation), copies), separation, why, copies
+    return copies if copies.max() + 1 < len(galaxies) else None, separation, '', copies
+
+# %% ../../nbs/15_data.block.ipynb #dc388dca
+def _twice(labels, position, copies):
+    "What there is to say of objects that are there twice, by position under two labels or by their pixels"
+    conflicts = int(duplicates(*position, labels=labels).conflict.sum()) if position else 0
+    if conflicts: yield f'{conflicts} pairs of rows are one object under two labels; duplicates() lists them.'
+    copies, labels = pd.Series(copies), labels.reset_index(drop=True)
+    if not (again := copies.duplicated()).any(): return
+    i = int(again.argmax())
+    torn = int((labels.groupby(copies).nunique() > 1).sum())
+    yield (f"{again.sum()} rows have the very pixels of another (rows {int(copies.eq(copies[i]).argmax())} and {i}, for one)"
+           f"{f', and {torn} images have two labels' if torn else ''}; they stay on one side of the split.")
+
+def _overlooked(catalog):
+    "What there is to say where columns look like a position that is not recognised"
+    words = set('ra dec de decl alpha delta lon lat glon glat elon elat coord coords coordinates position pos skycoord'.split())
+    like = [c for c in catalog.columns if words & set(re.split('[^a-z]+', str(c).lower()))]
+    if like: yield f"{', '.join(map(repr, like))} may hold positions, but no right ascension with its declination is recognised; name both columns with ra= and dec=."
+
+# %% ../../nbs/15_data.block.ipynb #dfef52b1
+def _check_labels(galaxies):
+    "Raise `GalaxyDataError` for a label that is no class; what is missing is left to the split"
+    for i, label in enumerate(galaxies.catalog.label):
+        if label not in galaxies.classes and not pd.isna([label]).all():
+            raise GalaxyDataError(f'row {i} of {galaxies.source} has the label {_short(label)}, which is not among the classes ({_first(galaxies.classes)}); correct it, or leave the row out.')
+
+def _labels(galaxies, y):
+    "The block of the labels; the label of each galaxy; and its class number or its shares of votes as an array"
+    classes, labels = list(galaxies.classes), galaxies.catalog.label
+    if isinstance(y, str): return CategoryBlock(vocab=classes, sort=False), labels, np.array([classes.index(l) for l in labels])
+    check_columns(galaxies.catalog, *y)
+    shares, problems = vote_shares(galaxies.catalog, y)
+    if len(y) != len(classes) or problems: raise GalaxyDataError(f'{len(y)} columns of votes do not give {len(galaxies)} galaxies a distribution over {len(classes)} classes' + (f' (row {min(problems)}: {problems[min(problems)]})' if problems else '') + '; read them with from_catalog.')
+    return VotesBlock(classes), shares, shares.astype(np.float32)
+
+# %% ../../nbs/15_data.block.ipynb #23de136c
+def _statistics(galaxies, rows):
+    mean, std = band_statistics(galaxies.images, rows, galaxies.stretch)
+    if galaxies.bands[-1:] == ('mask',): mean[-1], std[-1] = 0, 1          # a hole is 1, however rare holes are in training
+    return mean, std
+
+# %% ../../nbs/15_data.block.ipynb #807e7620
+def _made(augment, galaxies):
+    "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
+    made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
+    for t in made:
+        if isinstance(t, GalaxyTransform): t.know(galaxies)
+    return made
+
+# %% ../../nbs/15_data.block.ipynb #8be66bf9
+def _loaders(galaxies, train, valid, y, augment, stats, bs, num_workers, device):
+    "fastai's `DataLoaders` of these rows, which read them a batch at a time"
+    block, labels, targets = _labels(galaxies, y)
+    dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
+                       get_x=CutoutReader(galaxies), get_y=LabelReader(labels, y, galaxies.classes),
+                       batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
+    dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=best_device(device),
+                             create_batch=collate, dl_type=_RowsDL)
+    for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, targets)
+    return dls
+
+# %% ../../nbs/15_data.block.ipynb #51ac73dd
+@contextmanager
+def _after_skipping(galaxies):
+    "A split that fails after rows were left out may fail because of that, and says so"
+    try: yield
+    except GalaxyDataError as e:
+        left = len(galaxies.skipped)
+        if not left: raise
+        raise GalaxyDataError(f'{left} of {left + len(galaxies)} rows were left out (most often: {galaxies.skipped.problem.value_counts().index[0]}), and of the rest: {e}') from None
+
 # %% ../../nbs/15_data.block.ipynb #b3be0c17
 class _KnownGalaxies(DataLoaders):
     "fastai `DataLoaders` that know their galaxies"
@@ -240,6 +318,16 @@ class _KnownGalaxies(DataLoaders):
         print('\n  '.join([self.galaxies.summary(), *self.notes]))
         print(f'{len(train)} to train on, {len(valid)} to validate on' + _sky_said(self.groups, self.separation, self.why, train, valid))
         print(f"a batch is {' x '.join(map(str, x.shape))} on {x.device}; mean {np.round(self.stats[0], 3)}, deviation {np.round(self.stats[1], 3)} of each band")
+
+    def test_dl(self,
+        test_items, # Row numbers, paths, pictures, arrays, or a `DataFrame` of catalogue rows
+        rm_type_tfms=0, # Steps of the reading to leave out
+        with_labels:bool=False, # Whether the items carry a class
+        **kwargs
+    ):
+        "A loader of new galaxies, treated as the validation set is"
+        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
+        return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
 
 # %% ../../nbs/15_data.block.ipynb #497901c3
 class _GalaxyLoaders(_KnownGalaxies):
@@ -261,7 +349,7 @@ class _GalaxyLoaders(_KnownGalaxies):
     ):
         "Split without leaks, measure the statistics, and build the loaders"
         _check_settings(bs, valid_pct, seed, separation, num_workers, augment, y, stats)
-        if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))         # as a packed survey has it
+        if isinstance(galaxies.reader, dict): galaxies = replace(galaxies, reader=FitsReader.from_dict(galaxies.reader))     # as a packed survey has it
         if isinstance(y, str): _check_labels(galaxies)
         position = position_columns(galaxies.catalog)
         groups, separation, why, copies = _groups(galaxies, position, separation)
@@ -270,74 +358,10 @@ class _GalaxyLoaders(_KnownGalaxies):
         notes = (*_twice(galaxies.catalog.label, position, copies), *(() if position else _overlooked(galaxies.catalog)))
         for note in notes: warnings.warn(note, stacklevel=3)
         stats = _statistics(galaxies, train) if stats is None else stats
-        block, labels, targets = _labels(galaxies, y)
-        dblock = DataBlock(blocks=(GalaxyBlock(galaxies.stretch, galaxies.bands), block), splitter=row_splitter(train, valid),
-                           get_x=CutoutReader(galaxies), get_y=LabelReader(labels, y, galaxies.classes), batch_tfms=_made(augment, galaxies) + [Standardize(*stats)])
-        dls = dblock.dataloaders(range(len(galaxies)), bs=min(bs, len(train)), num_workers=num_workers, device=best_device(device), create_batch=collate, dl_type=_RowsDL)
-        for dl in dls.loaders: dl.dataset.rows = _Rows(galaxies, targets)
+        dls = _loaders(galaxies, train, valid, y, augment, stats, bs, num_workers, device)
         made = cls(*dls.loaders, device=dls.device)._know(galaxies, groups, separation, why, stats, notes)
         made.y = y
         return made
-
-# %% ../../nbs/15_data.block.ipynb #dfef52b1
-def _check_labels(galaxies):
-    "Raise `GalaxyDataError` for a label that is no class; what is missing is left to the split"
-    for i, label in enumerate(galaxies.catalog.label):
-        if label not in galaxies.classes and not pd.isna([label]).all():
-            raise GalaxyDataError(f'row {i} of {galaxies.source} has the label {_short(label)}, which is not among the classes ({_first(galaxies.classes)}); correct it, or leave the row out.')
-
-def _labels(galaxies, y):
-    "The block of the labels; the label of each galaxy; and its class number or its shares of votes as an array"
-    classes, labels = list(galaxies.classes), galaxies.catalog.label
-    if isinstance(y, str): return CategoryBlock(vocab=classes, sort=False), labels, np.array([classes.index(l) for l in labels])
-    check_columns(galaxies.catalog, *y)
-    shares, problems = vote_shares(galaxies.catalog, y)
-    if len(y) != len(classes) or problems: raise GalaxyDataError(f'{len(y)} columns of votes do not give {len(galaxies)} galaxies a distribution over {len(classes)} classes' + (f' (row {min(problems)}: {problems[min(problems)]})' if problems else '') + '; read them with from_catalog.')
-    return VotesBlock(classes), shares, shares.astype(np.float32)
-
-# %% ../../nbs/15_data.block.ipynb #51ac73dd
-@contextmanager
-def _after_skipping(galaxies):
-    "A split that fails after rows were left out may fail because of that, and says so"
-    try: yield
-    except GalaxyDataError as e:
-        left = len(galaxies.skipped)
-        if not left: raise
-        raise GalaxyDataError(f'{left} of {left + len(galaxies)} rows were left out (most often: {galaxies.skipped.problem.value_counts().index[0]}), and of the rest: {e}') from None
-
-# %% ../../nbs/15_data.block.ipynb #dc388dca
-def _groups(galaxies, position, separation):
-    "The group of each galaxy, by the sky and by equal pixels, `None` where nothing links any; the separation, and why; and which images are the same"
-    copies = same_pixels(galaxies.images) if np.any(separation != 0) else np.arange(len(galaxies))
-    if len(copies) > 1 and not copies.any(): raise GalaxyDataError(f'all {len(copies)} images are copies of each other, pixel for pixel; look at what {galaxies.source} holds or names.')
-    separation, why = _apart(galaxies, separation)
-    if position: return joined_groups(sky_groups(*position, separation), copies), separation, why, copies
-    return copies if copies.max() + 1 < len(galaxies) else None, separation, '', copies
-
-def _twice(labels, position, copies):
-    "What there is to say of objects that are there twice, by position under two labels or by their pixels"
-    conflicts = int(duplicates(*position, labels=labels).conflict.sum()) if position else 0
-    if conflicts: yield f'{conflicts} pairs of rows are one object under two labels; duplicates() lists them.'
-    copies, labels = pd.Series(copies), labels.reset_index(drop=True)
-    if not (again := copies.duplicated()).any(): return
-    i = int(again.argmax())
-    torn = int((labels.groupby(copies).nunique() > 1).sum())
-    yield (f"{again.sum()} rows have the very pixels of another (rows {int(copies.eq(copies[i]).argmax())} and {i}, for one)"
-           f"{f', and {torn} images have two labels' if torn else ''}; they stay on one side of the split.")
-
-def _overlooked(catalog):
-    "What there is to say where columns look like a position that is not recognised"
-    words = set('ra dec de decl alpha delta lon lat glon glat elon elat coord coords coordinates position pos skycoord'.split())
-    like = [c for c in catalog.columns if words & set(re.split('[^a-z]+', str(c).lower()))]
-    if like: yield f"{', '.join(map(repr, like))} may hold positions, but no right ascension with its declination is recognised; name both columns with ra= and dec=."
-
-# %% ../../nbs/15_data.block.ipynb #807e7620
-def _made(augment, galaxies):
-    "A list of transforms, made now where a class or a function was given, that know what galaxies they act on"
-    made = L(augment() if callable(augment) and not isinstance(augment, Transform) else augment)
-    for t in made:
-        if isinstance(t, GalaxyTransform): t.know(galaxies)
-    return made
 
 # %% ../../nbs/15_data.block.ipynb #1fd2107e
 class _CardLoaders(_GalaxyLoaders):
@@ -366,16 +390,6 @@ class _CardLoaders(_GalaxyLoaders):
         "Loaders as of a card: an exported Learner carries no galaxies"
         return self.from_card(self.card() | dict(cfg=dict(img_size=(self.size, self.size))), self.device)
 
-    def test_dl(self,
-        test_items, # Row numbers, paths, pictures, arrays, or a `DataFrame` of catalogue rows
-        rm_type_tfms=0, # Steps of the reading to leave out
-        with_labels:bool=False, # Whether the items carry a class
-        **kwargs
-    ):
-        "A loader of new galaxies, treated as the validation set is"
-        if isinstance(test_items, pd.DataFrame): test_items = [row for _, row in test_items.astype(object).iterrows()]    # numbers stay as they are
-        return super().test_dl(test_items, rm_type_tfms=rm_type_tfms or 0, with_labels=with_labels, **kwargs)
-
 # %% ../../nbs/15_data.block.ipynb #877abbbd
 def _check_call(cls, size, kwargs, rows):
     "Raise for what is wrong in a call before its files are read; `rows()` is how many rows there are to choose from"
@@ -385,9 +399,9 @@ def _check_call(cls, size, kwargs, rows):
     for name in 'train', 'valid':
         if kwargs.get(name) is not None: _rows(kwargs[name], name, rows())
 
-# %% ../../nbs/15_data.block.ipynb #62c4859a
-class GalaxyDataLoaders(_CardLoaders):
-    "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.separation`, `.stats`, `.size`, `.source`"
+# %% ../../nbs/15_data.block.ipynb #c52c4b61
+class _Hdf5Loaders(_CardLoaders):
+    "Loaders of a file in the Galaxy10 layout"
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_hdf5(cls,
@@ -403,6 +417,9 @@ class GalaxyDataLoaders(_CardLoaders):
         _check_call(cls, size, kwargs, lambda: file_rows(path))
         return cls.from_galaxies(read_hdf5(path, size, classes, progress, ra=ra, dec=dec), **kwargs)
 
+# %% ../../nbs/15_data.block.ipynb #e6234ac9
+class _CatalogLoaders(_CardLoaders):
+    "Loaders of a table of JPEG or PNG files"
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_catalog(cls,
@@ -423,6 +440,9 @@ class GalaxyDataLoaders(_CardLoaders):
         galaxies = _read_with_votes(read_catalog, table, images, y, bad, classes, x=x, size=size, progress=progress, ra=ra, dec=dec)
         return cls.from_galaxies(galaxies, y=y, **kwargs)
 
+# %% ../../nbs/15_data.block.ipynb #369c5184
+class _FitsLoaders(_CardLoaders):
+    "Loaders of a table of FITS files"
     @classmethod
     @delegates(_GalaxyLoaders.from_galaxies)
     def from_fits(cls,
@@ -447,5 +467,10 @@ class GalaxyDataLoaders(_CardLoaders):
         _check_call(cls, size, kwargs | dict(y=y), lambda: len(read_table(table)))
         if not isinstance(settings, (dict, type(None))): raise GalaxyDataError(f'settings is {settings!r}; give a dict of settings of FitsReader.')
         reader = FitsReader.from_dict(dict(size=size, bands=bands, pxscale=pxscale) | (settings or {}))
-        galaxies = _read_with_votes(read_fits_catalog, table, images, y, bad, classes, x=x, reader=reader, centre=centre, progress=progress, stretch=stretch, ra=ra, dec=dec)
+        galaxies = _read_with_votes(read_fits_catalog, table, images, y, bad, classes, x=x, reader=reader, centre=centre,
+                                    progress=progress, stretch=stretch, ra=ra, dec=dec)
         return cls.from_galaxies(galaxies, y=y, **kwargs)
+
+# %% ../../nbs/15_data.block.ipynb #62c4859a
+class GalaxyDataLoaders(_Hdf5Loaders, _CatalogLoaders, _FitsLoaders):
+    "fastai `DataLoaders` of galaxies that know their catalogue: `.galaxies`, `.catalog`, `.classes`, `.groups`, `.separation`, `.stats`, `.size`, `.source`"

@@ -183,34 +183,42 @@ class _Visitor:
         own = min(self.pause*2**doubled, 60)*rng.uniform(.5, 1.5)
         self.turn = max(self.turn, time.monotonic() + max(asked, own))
 
+# %% ../../nbs/16_data.cutouts.ipynb #f427a0d3
+def _read(raw, most, seconds):
+    "The body of an answer: never more of it than was to be expected, and not for ever"
+    body, end = bytearray(), time.monotonic() + seconds
+    while chunk := raw.read1(2**18, decode_content=True):
+        body += chunk
+        if len(body) > most: raise _Refusal(f'the answer is larger than {most} bytes; max_bytes allows for more')
+        if time.monotonic() > end: raise _Later(f'the answer was not complete after {seconds:g} s')
+    return bytes(body)
+
+# %% ../../nbs/16_data.cutouts.ipynb #7fbb351a
+def _trouble(status, body, after):
+    "What an answer's status says is wrong, with the time at which the service asks to come back, or `None`"
+    if status == 200 or 'no overlap' in _words(body).lower(): return None
+    kind = _Later if status in (408, 425, 429) or status >= 500 else _Refusal
+    problem = kind(f'HTTP {status}' + (f': {_words(body)}' if status < 500 else ''))
+    problem.after = after
+    return problem
+
 # %% ../../nbs/16_data.cutouts.ipynb #7d003b0f
 class _Service(_Visitor):
     "An image service as a polite visitor knows it"
-    def read(self, answer, ask):
-        "The body of an answer, and never more of it than was to be expected"
-        body, most, end = bytearray(), self.max_bytes or ask.weight, time.monotonic() + 10*self.timeout
-        while chunk := answer.raw.read1(2**18, decode_content=True):
-            body += chunk
-            if len(body) > most: raise _Refusal(f'the answer is larger than {most} bytes; max_bytes allows for more')
-            if time.monotonic() > end: raise _Later(f'the answer was not complete after {10*self.timeout:g} s')
-        return bytes(body)
-
     def ask_once(self, ask):
         "A sound answer; raises `_Later` where another try may help, `_Refusal` where it will not"
         time.sleep(max(0, self.turn - time.monotonic()))
         self.turn, self.asked = time.monotonic() + self.gap, self.asked + 1
         try:
-            with self.session.get(ask.url, stream=True, timeout=self.timeout) as answer: body = self.read(answer, ask)
+            with self.session.get(ask.url, stream=True, timeout=self.timeout) as answer:
+                body = _read(answer.raw, self.max_bytes or ask.weight, 10*self.timeout)
         except self.late: raise _Later(f'no answer within {self.timeout:g} s') from None
         except self.broken as e:
-            if not self.heard and isinstance(getattr(e.args[0] if e.args else None, 'reason', None), self.unreached): raise _Closed(f'there is no connection to {urlsplit(ask.url).netloc}') from None
+            reason = getattr(e.args[0] if e.args else None, 'reason', None)
+            if not self.heard and isinstance(reason, self.unreached): raise _Closed(f'there is no connection to {urlsplit(ask.url).netloc}') from None
             raise _Later('the connection failed') from None
         self.heard = True
-        status = answer.status_code
-        if status != 200 and 'no overlap' not in _words(body).lower():
-            problem = (_Later if status in (408, 425, 429) or status >= 500 else _Refusal)(f'HTTP {status}' + (f': {_words(body)}' if status < 500 else ''))
-            problem.after = answer.headers.get('Retry-After')
-            raise problem
+        if problem := _trouble(answer.status_code, body, answer.headers.get('Retry-After')): raise problem
         _missing(body, ask)
         return body
 
@@ -224,7 +232,7 @@ class _Service(_Visitor):
                 self.wait(e.after, k, rng)
         raise _Refusal(f'{problem} (the last of {self.tries} tries)')
 
-# %% ../../nbs/16_data.cutouts.ipynb #2c27d1de
+# %% ../../nbs/16_data.cutouts.ipynb #1d14b35d
 def _numbers(values, what, low, high, unit, source):
     "Floats between `low` and `high`; raises `GalaxyDataError` with the first row that has none"
     x = pd.to_numeric(pd.Series(values), errors='coerce').to_numpy(float, na_value=np.nan)
@@ -232,6 +240,7 @@ def _numbers(values, what, low, high, unit, source):
     if len(bad): raise GalaxyDataError(f"{len(bad)} of {len(x)} rows of {source} have no usable {what} (row {bad[0]}: '{list(values)[bad[0]]}'); give {unit} from {low} to {high}.")
     return x
 
+# %% ../../nbs/16_data.cutouts.ipynb #2c27d1de
 def _file_names(df, name, ra, dec, source):
     "A name for each row, and the same as it may stand in the name of a file; raises `GalaxyDataError` unless all differ"
     names = [iau_name(*p) for p in zip(ra, dec)] if name is None else ['' if pd.isna(n) else str(n) for n in df[name].convert_dtypes()]

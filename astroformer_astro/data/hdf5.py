@@ -39,6 +39,18 @@ def open_hdf5(
         if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of an HDF5 file in the Galaxy10 layout.')
         with h5py.File(path) as f: yield f
 
+# %% ../../nbs/11_data.hdf5.ipynb #88d8b777
+def _is_whole(d):
+    "Whether all parts of a dataset were written, each to a place of its own"
+    if not d.chunks: return d.is_virtual or d.external is not None or d.id.get_storage_size() >= d.nbytes
+    found, raw, packed = [], prod(d.chunks)*d.dtype.itemsize, d.id.get_create_plist().get_nfilters()
+    d.id.chunk_iter(found.append)
+    corners, ends = {c.chunk_offset for c in found}, sorted((c.byte_offset, c.byte_offset + c.size) for c in found)
+    return (len(corners) == prod(ceil(n/c) for n, c in zip(d.shape, d.chunks))
+            and all(o % c == 0 and o < n for corner in corners for o, c, n in zip(corner, d.chunks, d.shape))
+            and all(a <= b for (_, a), (b, _) in zip(ends, ends[1:]))
+            and all(c.size in (raw, raw + 4) for c in found if c.filter_mask or not packed))      # 4: a checksum of its own
+
 # %% ../../nbs/11_data.hdf5.ipynb #f0c1ab4a
 def _check_pixels(f):
     "Raise `GalaxyDataError` unless `f` has images, and a whole number for each"
@@ -59,23 +71,6 @@ def _check_pixels(f):
     for key in 'images', 'ans':
         if not _is_whole(f[key]): raise GalaxyDataError(f'{key!r} of {f.filename} was not completely written, or its index is damaged; get or make the file again.')
 
-# %% ../../nbs/11_data.hdf5.ipynb #88d8b777
-def _is_whole(d):
-    "Whether all parts of a dataset were written, each to a place of its own"
-    if not d.chunks: return d.is_virtual or d.external is not None or d.id.get_storage_size() >= d.nbytes
-    found, raw, packed = [], prod(d.chunks)*d.dtype.itemsize, d.id.get_create_plist().get_nfilters()
-    d.id.chunk_iter(found.append)
-    corners, ends = {c.chunk_offset for c in found}, sorted((c.byte_offset, c.byte_offset + c.size) for c in found)
-    return (len(corners) == prod(ceil(n/c) for n, c in zip(d.shape, d.chunks))
-            and all(o % c == 0 and o < n for corner in corners for o, c, n in zip(corner, d.chunks, d.shape))
-            and all(a <= b for (_, a), (b, _) in zip(ends, ends[1:]))
-            and all(c.size in (raw, raw + 4) for c in found if c.filter_mask or not packed))      # 4: a checksum of its own
-
-# %% ../../nbs/11_data.hdf5.ipynb #c861946b
-def _check_labels(f, classes):
-    outside = sorted(set(_values(f['ans']).tolist()) - set(range(len(classes))))
-    if outside: raise GalaxyDataError(f"'ans' of {f.filename} holds {outside[:5]}, outside the {len(classes)} classes 0 to {len(classes)-1}; pass the file's own names as `classes`.")
-
 # %% ../../nbs/11_data.hdf5.ipynb #137ab409
 def _crc(name, values): return zlib.crc32(np.ascontiguousarray(values).tobytes(), zlib.crc32(name.encode()))
 
@@ -85,6 +80,11 @@ def _values(d):
     if 'crc32' in d.attrs and d.attrs['crc32'] != _crc(d.name, values):
         raise GalaxyDataError(f"{d.name[1:]!r} of {d.file.filename} differs from its checksum; get or make the file again, or delete the attribute 'crc32' of what you have changed on purpose.")
     return values
+
+# %% ../../nbs/11_data.hdf5.ipynb #c861946b
+def _check_labels(f, classes):
+    outside = sorted(set(_values(f['ans']).tolist()) - set(range(len(classes))))
+    if outside: raise GalaxyDataError(f"'ans' of {f.filename} holds {outside[:5]}, outside the {len(classes)} classes 0 to {len(classes)-1}; pass the file's own names as `classes`.")
 
 # %% ../../nbs/11_data.hdf5.ipynb #b40893e0
 def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
@@ -189,6 +189,10 @@ def _described(l):
              f"not in the catalogue: {', '.join(l.others)}" if l.others else '']
     return '\n  '.join(filter(None, [*facts, _storage(l)]))
 
+def _is_copy(cat):
+    if len(cat) < 2 or not {'redshift', 'dec'} <= set(cat) or cat.dec.isna().all(): return False
+    return bool(((cat.redshift == cat.dec) | (cat.redshift.isna() & cat.dec.isna())).all())
+
 # %% ../../nbs/11_data.hdf5.ipynb #fbd019ab
 def check_layout(
     f, # An open `h5py.File`, or the path of one
@@ -204,16 +208,13 @@ def check_layout(
         others = tuple(k for k in f if k not in _not_columns and not _is_column(f.get(k), len(images)))
         return FileLayout(f.filename, images.shape, images.dtype, classes, _catalog(f, classes), _bands(f), others, images.chunks, _offset(images))
 
+def _offset(images): return None if images.chunks or images.external or images.is_virtual else images.id.get_offset()
+
+# %% ../../nbs/11_data.hdf5.ipynb #f9d4a2b7
 def file_rows(path): # Galaxies in a file
     with open_hdf5(path) as f:
         _check_pixels(f)
         return len(f['images'])
-
-def _offset(images): return None if images.chunks or images.external or images.is_virtual else images.id.get_offset()
-
-def _is_copy(cat):
-    if len(cat) < 2 or not {'redshift', 'dec'} <= set(cat) or cat.dec.isna().all(): return False
-    return bool(((cat.redshift == cat.dec) | (cat.redshift.isna() & cat.dec.isna())).all())
 
 # %% ../../nbs/11_data.hdf5.ipynb #2c4877fd
 def _slabs(images, some=2**24, most=2**27):
@@ -437,34 +438,6 @@ def repack(
             _sign(tmp, path, size, mark)
     return out
 
-# %% ../../nbs/11_data.hdf5.ipynb #92342fbb
-def read_hdf5(
-    path, # A file in the Galaxy10 layout
-    size:int=64, # Side of the cut-outs, px; `None` for that of the file
-    classes=None, # Class names in the order of their numbers; those of the attribute `classes`, or Galaxy10's where there are ten, by default
-    progress:bool=True, # Say what was found and show a progress bar
-    verify:bool=True, # Compare all pixels with their checksums, where the file has them
-    in_memory:int=2**28, # Largest file that is read rather than repacked, bytes of unpacked pixels
-    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
-    dec:str=None, # Column with the declination, degrees
-)->GalaxySet:
-    "A survey from HDF5; raises `GalaxyDataError` for a file that is missing, damaged, no HDF5, or of another layout"
-    if size is not None: check_whole(size, 'size')
-    galaxies = _read(path, size, classes, progress, verify, in_memory)
-    galaxies.catalog = with_position(galaxies.catalog, ra, dec, path)
-    return galaxies
-
-def _read(path, size, classes, progress, verify, in_memory):
-    with open_hdf5(path) as f:
-        layout = check_layout(f, classes)
-        if progress: print(layout)
-        size = size or layout.px
-        _check_size(path, f['images'], size)
-        ready = layout.offset is not None and layout.shape[1:3] == (size, size)
-        if ready or len(f['images'])*layout.image_bytes <= in_memory: return _galaxies(f, layout, size, path, progress, verify)
-    with open_hdf5(repack(path, size, progress=progress)) as f:
-        return _galaxies(f, check_layout(f, layout.classes), size, path, progress, verify)
-
 # %% ../../nbs/11_data.hdf5.ipynb #e07bafbe
 def _galaxies(f, layout, size, source, progress, verify):
     "The survey of an open file"
@@ -492,6 +465,34 @@ def _pixels(images, layout, size, progress):
 def _stretch(settings):
     from astroformer_astro.data.stretch import Stretch       # only flux needs it, and it brings torch
     return Stretch.from_dict(settings)
+
+# %% ../../nbs/11_data.hdf5.ipynb #92342fbb
+def read_hdf5(
+    path, # A file in the Galaxy10 layout
+    size:int=64, # Side of the cut-outs, px; `None` for that of the file
+    classes=None, # Class names in the order of their numbers; those of the attribute `classes`, or Galaxy10's where there are ten, by default
+    progress:bool=True, # Say what was found and show a progress bar
+    verify:bool=True, # Compare all pixels with their checksums, where the file has them
+    in_memory:int=2**28, # Largest file that is read rather than repacked, bytes of unpacked pixels
+    ra:str=None, # Column with the right ascension, degrees; by default what `position_columns` recognises
+    dec:str=None, # Column with the declination, degrees
+)->GalaxySet:
+    "A survey from HDF5; raises `GalaxyDataError` for a file that is missing, damaged, no HDF5, or of another layout"
+    if size is not None: check_whole(size, 'size')
+    galaxies = _read(path, size, classes, progress, verify, in_memory)
+    galaxies.catalog = with_position(galaxies.catalog, ra, dec, path)
+    return galaxies
+
+def _read(path, size, classes, progress, verify, in_memory):
+    with open_hdf5(path) as f:
+        layout = check_layout(f, classes)
+        if progress: print(layout)
+        size = size or layout.px
+        _check_size(path, f['images'], size)
+        ready = layout.offset is not None and layout.shape[1:3] == (size, size)
+        if ready or len(f['images'])*layout.image_bytes <= in_memory: return _galaxies(f, layout, size, path, progress, verify)
+    with open_hdf5(repack(path, size, progress=progress)) as f:
+        return _galaxies(f, check_layout(f, layout.classes), size, path, progress, verify)
 
 # %% ../../nbs/11_data.hdf5.ipynb #25f7b450
 def pack(

@@ -6,8 +6,7 @@
 __all__ = ['Stretch', 'bands_to_rgb', 'lupton_stretch']
 
 # %% ../../nbs/10_data.stretch.ipynb #20c930c0
-import warnings
-import re
+import re, warnings
 from dataclasses import dataclass, replace
 from math import asinh, isfinite, log, sinh
 
@@ -16,57 +15,6 @@ from astropy.stats import sigma_clipped_stats
 from astropy.visualization import (AsinhStretch, AsymmetricPercentileInterval, LinearStretch, LogStretch, ManualInterval,
                                    SqrtStretch, ZScaleInterval)
 from ..core import GalaxyDataError, from_settings
-
-# %% ../../nbs/10_data.stretch.ipynb #4ee3a817
-@dataclass(frozen=True)
-class Stretch:
-    "Flux of `bands x H x W`, or a batch of it, to 0..1; settings that make no sense raise `GalaxyDataError`"
-    name:str='asinh' # Curve: `asinh`, `log`, `sqrt`, `linear`, or `lupton`, an asinh that keeps colours
-    a:float=None # Softening: asinh(x/a) in `asinh` and `lupton`, 0.1 if None; log(1 + ax) in `log`, 1000 if None
-    interval:str=None # `percentile`, `zscale` or `minmax` of each band; `fixed` where `low` and `high` are given
-    percent:float=99.5 # Share of pixels within `percentile`, centred; or a tuple of lower and upper percentile
-    contrast:float=.25 # Of `zscale`
-    low:tuple=None # Flux that becomes 0: one for each band, or one for all
-    high:tuple=None # Flux that becomes 1
-
-    def __post_init__(self):
-        for k, v in _checked(self).items(): object.__setattr__(self, k, v)
-
-    def __call__(self,
-        flux, # Array or tensor, `bands x H x W` or `N x bands x H x W`
-    ): # The same shape, 0..1: a float32 array, or a tensor of the same type on the same device
-        "What the network sees; an image whose bands are not those of the limits raises `GalaxyDataError`"
-        return _stretch_tensor(self, flux) if isinstance(_fitting(self, flux), torch.Tensor) else _stretch_array(self, flux)
-
-    def picture(self,
-        flux, # Array or tensor, `bands x H x W`
-        bands=(), # Names of the bands, if known
-        rgb=None, # Names or numbers of three bands, the red one first; by default the reddest, a middle and the bluest
-    )->np.ndarray: # `H x W x 3`, uint8
-        "What a person sees: the pixels that the network sees, in colour from two bands on, else grey"
-        if flux.ndim != 3: raise GalaxyDataError(f"The image is {' x '.join(map(str, flux.shape))}; expected bands x H x W.")
-        return bands_to_rgb(self(flux), bands, rgb)
-
-    def fit(self,
-        images, # Cut-outs to train on, `N x H x W x bands`; of a memory-mapped array up to 1000 are read
-        rows=None, # Which of them; all by default
-        percent:float=99.9, # Pixels that stay below white
-        pixels:int=2**20, # How many to look at
-        seed:int=0, # Decides which
-    ): # `Stretch`
-        "This stretch with fixed limits for a whole survey, and a softening to match unless it has one"
-        return _fit(self, images, rows, percent, pixels, seed)
-
-    def to_dict(self): # Dict that JSON can hold
-        "The settings, without those that are None"
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
-
-    @classmethod
-    def from_dict(cls,
-        settings:dict, # As from `to_dict`
-    ): # `Stretch`
-        "The stretch with these settings; unknown ones raise `GalaxyDataError`"
-        return from_settings(cls, settings, 'stretch')
 
 # %% ../../nbs/10_data.stretch.ipynb #14e67c04
 _curves = dict(asinh=AsinhStretch, log=LogStretch, sqrt=SqrtStretch, linear=LinearStretch, lupton=AsinhStretch)
@@ -106,6 +54,60 @@ def _fixed(low, high):
     for i, (l, h) in enumerate(zip(low, high)):
         if l >= h: raise GalaxyDataError(f'The limits of band {i} are {l:g} and {h:g}; low must be below high.')
     return dict(low=low, high=high)
+
+# %% ../../nbs/10_data.stretch.ipynb #e299e029
+class _Stretching:
+    "What every stretch does for a person and for a survey"
+    def picture(self,
+        flux, # Array or tensor, `bands x H x W`
+        bands=(), # Names of the bands, if known
+        rgb=None, # Names or numbers of three bands, the red one first; by default the reddest, a middle and the bluest
+    )->np.ndarray: # `H x W x 3`, uint8
+        "What a person sees: the pixels that the network sees, in colour from two bands on, else grey"
+        if flux.ndim != 3: raise GalaxyDataError(f"The image is {' x '.join(map(str, flux.shape))}; expected bands x H x W.")
+        return bands_to_rgb(self(flux), bands, rgb)
+
+    def fit(self,
+        images, # Cut-outs to train on, `N x H x W x bands`; of a memory-mapped array up to 1000 are read
+        rows=None, # Which of them; all by default
+        percent:float=99.9, # Pixels that stay below white
+        pixels:int=2**20, # How many to look at
+        seed:int=0, # Decides which
+    ): # `Stretch`
+        "This stretch with fixed limits for a whole survey, and a softening to match unless it has one"
+        return _fit(self, images, rows, percent, pixels, seed)
+
+# %% ../../nbs/10_data.stretch.ipynb #4ee3a817
+@dataclass(frozen=True)
+class Stretch(_Stretching):
+    "Flux of `bands x H x W`, or a batch of it, to 0..1; settings that make no sense raise `GalaxyDataError`"
+    name:str='asinh' # Curve: `asinh`, `log`, `sqrt`, `linear`, or `lupton`, an asinh that keeps colours
+    a:float=None # Softening: asinh(x/a) in `asinh` and `lupton`, 0.1 if None; log(1 + ax) in `log`, 1000 if None
+    interval:str=None # `percentile`, `zscale` or `minmax` of each band; `fixed` where `low` and `high` are given
+    percent:float=99.5 # Share of pixels within `percentile`, centred; or a tuple of lower and upper percentile
+    contrast:float=.25 # Of `zscale`
+    low:tuple=None # Flux that becomes 0: one for each band, or one for all
+    high:tuple=None # Flux that becomes 1
+
+    def __post_init__(self):
+        for k, v in _checked(self).items(): object.__setattr__(self, k, v)
+
+    def __call__(self,
+        flux, # Array or tensor, `bands x H x W` or `N x bands x H x W`
+    ): # The same shape, 0..1: a float32 array, or a tensor of the same type on the same device
+        "What the network sees; an image whose bands are not those of the limits raises `GalaxyDataError`"
+        return _stretch_tensor(self, flux) if isinstance(_fitting(self, flux), torch.Tensor) else _stretch_array(self, flux)
+
+    def to_dict(self): # Dict that JSON can hold
+        "The settings, without those that are None"
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls,
+        settings:dict, # As from `to_dict`
+    ): # `Stretch`
+        "The stretch with these settings; unknown ones raise `GalaxyDataError`"
+        return from_settings(cls, settings, 'stretch')
 
 # %% ../../nbs/10_data.stretch.ipynb #a4ca1bfd
 def _fitting(s, flux):
@@ -204,6 +206,7 @@ def wavelength(band):
     if not (m := filter_pattern.match(band)): return microns.get(band)
     return int(m[1])/(100 if int(m[1]) < 200 or len(m[1]) > 3 or band in _jwst else 1000)
 
+# %% ../../nbs/10_data.stretch.ipynb #3ef66498
 def blue_to_red(bands):
     "Positions of the bands in order of wavelength"
     known = [wavelength(b) for b in bands]
@@ -248,22 +251,6 @@ def lupton_stretch(
     a = 1/sinh(10*asinh(q/10))
     return Stretch('lupton', a=a, low=minimum, high=np.add(minimum, stretch/(q*a)))
 
-# %% ../../nbs/10_data.stretch.ipynb #a18eaff2
-def _fit(s, images, rows, percent, pixels, seed):
-    if not 50 < _numbers(percent, 'percent')[0] <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
-    flux = _sample(images, rows, pixels, seed)
-    sky, sigma = _sky(flux)
-    flux = flux[np.isfinite(flux).all(-1)] - sky
-    if not len(flux) or not np.ptp(flux, axis=0).all(): raise GalaxyDataError('A band of the images to fit the stretch to is constant or has no values; leave it out.')
-    white = _white(flux, sigma)
-    noise, top = np.median(sigma/white), np.percentile((flux/white).max(1), percent)
-    return replace(s, interval='fixed', low=sky - 2*noise*white, high=sky + top*white, a=s.a or _turn(s.name, 5*noise/(top + 2*noise)))
-
-def _turn(name, share):
-    "Softening by which the curve turns from linear to logarithmic at this share of the interval"
-    if name in ('sqrt', 'linear') or share == 0: return None
-    return 1/share if name == 'log' else share
-
 # %% ../../nbs/10_data.stretch.ipynb #d06a4760
 def _sample(images, rows, pixels, seed):
     "Random pixels of random cut-outs, `n x pixels x bands`"
@@ -288,3 +275,19 @@ def _white(flux, sigma):
     "Median ratio of the bands where something stands out in all of them"
     bright = flux[(flux > 5*sigma).all(1)]
     return np.median(bright/bright.mean(1, keepdims=True), axis=0) if len(bright) else flux.std(0)
+
+# %% ../../nbs/10_data.stretch.ipynb #a18eaff2
+def _fit(s, images, rows, percent, pixels, seed):
+    if not 50 < _numbers(percent, 'percent')[0] <= 100: raise GalaxyDataError(f'percent is {percent}; give the share of pixels below white, above 50 and up to 100.')
+    flux = _sample(images, rows, pixels, seed)
+    sky, sigma = _sky(flux)
+    flux = flux[np.isfinite(flux).all(-1)] - sky
+    if not len(flux) or not np.ptp(flux, axis=0).all(): raise GalaxyDataError('A band of the images to fit the stretch to is constant or has no values; leave it out.')
+    white = _white(flux, sigma)
+    noise, top = np.median(sigma/white), np.percentile((flux/white).max(1), percent)
+    return replace(s, interval='fixed', low=sky - 2*noise*white, high=sky + top*white, a=s.a or _turn(s.name, 5*noise/(top + 2*noise)))
+
+def _turn(name, share):
+    "Softening by which the curve turns from linear to logarithmic at this share of the interval"
+    if name in ('sqrt', 'linear') or share == 0: return None
+    return 1/share if name == 'log' else share
