@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['reliability_table', 'ece_null', 'calibration_test', 'plot_reliability', 'Scaling', 'fit_scaling', 'cross_calibrate',
-           'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'training_lean', 'calibrate',
-           'use_scaling', 'current_scaling', 'ForgetCalibration', 'Opinions', 'MCDropout', 'Orientations',
-           'ensemble_predict']
+           'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'ForgetCalibration', 'use_scaling',
+           'current_scaling', 'training_lean', 'calibrate', 'Opinions', 'MCDropout', 'Orientations', 'ensemble_predict']
 
 # %% ../nbs/31_calibration.ipynb #c4d4082f
 import copy, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import FunctionType
@@ -25,6 +25,7 @@ from .core import GalaxyDataError, from_settings
 from .data.augment import dihedral
 from .data.sky import _deal
 from .metrics import _ratio, _ready, bin_column, ece, galaxy_scores, nll
+from .models.equivariance import D4Average
 from .picture import Picture
 from fastai.callback import progress # gives a `Learner` its `no_bar`
 from fastai.callback.core import Callback
@@ -55,6 +56,7 @@ def ece_null(
     draw = lambda: np.minimum((rng.random((len(p), 1))*steps[:, -1:] > steps).sum(1), steps.shape[1] - 1)
     return np.array([score(draw(), p) for _ in range(n)])
 
+# %% ../nbs/31_calibration.ipynb #d2fd91bd
 def calibration_test(
     y, # True class numbers, `N`
     p, # Probabilities, `N x classes`
@@ -102,7 +104,8 @@ def _told(r):
     if 'ece_after' not in r: return ''
     low, high = r['ece_expected_95']
     change = lambda name, key: f"{name} {r[key + '_before']:.3f} before, {r[key + '_after']:.3f} after"
-    return (f"; fitted to {r['n']:,} galaxies, cross-fitted in {r['folds']} folds: {change('ECE', 'ece')} (a perfectly calibrated network: {low:.3f} to {high:.3f}), "
+    seen = ', each the mean of its eight orientations' if r.get('orientations') else ''
+    return (f"; fitted to {r['n']:,} galaxies{seen}, cross-fitted in {r['folds']} folds: {change('ECE', 'ece')} (a perfectly calibrated network: {low:.3f} to {high:.3f}), "
             + ', '.join((change('NLL', 'nll'), change('accuracy', 'accuracy'), change('balanced accuracy', 'balanced_accuracy'))))
 
 # %% ../nbs/31_calibration.ipynb #9ea97714
@@ -130,26 +133,6 @@ class Scaling:
         numbers = f'temperature {self.temperature:.3f}' if self.temperature else f'factors {np.round(self.scale, 2).tolist()}'
         return f'{self.kind} scaling: {numbers}' + (f', shifts {np.round(self.shift, 2).tolist()}' if any(self.shift) else '') + _told(self.record)
 
-# %% ../nbs/31_calibration.ipynb #cf4a3722
-def fit_scaling(
-    logits, # Outputs of the network before softmax; but for `vector` also logarithms of probabilities: `N x classes`
-    y, # True class numbers, `N`
-    kind:str='temperature', # `temperature`, `prior`, `shift` or `vector`
-    weights=None, # Of the galaxies, `N`; all alike by default
-    class_weights=None, # For `prior`: how much each class counted in training over how often it is there, `classes`; a common factor does not matter
-)->Scaling:
-    "Maximum likelihood by LBFGS in double precision; raises `GalaxyDataError` where the galaxies do not allow it"
-    if kind not in _kinds: raise GalaxyDataError(f"no scaling is called {kind!r}; there are {', '.join(_kinds)}.")
-    x = np.asarray(logits, np.float64)
-    y, _, w = _ready(y, x, weights)
-    _check_outputs(x, y, kind)
-    known = _known_shift(class_weights, x.shape[1]) if kind == 'prior' else np.zeros(1)
-    scale, shift = _likeliest(*map(torch.from_numpy, (x + known, y, w/w.sum())), *_kinds[kind])
-    shift = shift + scale*known
-    if len(scale) == 1 and not scale[0] > 0:
-        raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
-    return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)) | (dict(class_weights=np.asarray(class_weights, float).tolist()) if kind == 'prior' else {}))
-
 # %% ../nbs/31_calibration.ipynb #c8ba9270
 def _likeliest(x, y, w, each, shifted):
     "Factor and shift of the largest likelihood, from 1 and 0"
@@ -171,6 +154,7 @@ def _known_shift(class_weights, k):
         raise GalaxyDataError(f'the weights of the classes in training are {w.tolist()}; to undo them takes {k} numbers above 0, or another kind of scaling.')
     return -np.log(w)
 
+# %% ../nbs/31_calibration.ipynb #df25ca19
 def _check_outputs(x, y, kind):
     odd = ~np.isfinite(x).all(1)
     if odd.any():
@@ -179,6 +163,34 @@ def _check_outputs(x, y, kind):
         warnings.warn(f'all {len(y)} galaxies are classified rightly, so that they set no limit to the confidence; use more galaxies, or do not rely on these probabilities.', stacklevel=3)
     if _kinds[kind][1] and (lost := np.setdiff1d(np.arange(x.shape[1]), y)).size:
         raise GalaxyDataError(f'none of these {len(y)} galaxies is of class number {lost[0]}, so that no shift can be fitted for it; use a temperature, or more galaxies.')
+
+# %% ../nbs/31_calibration.ipynb #cf4a3722
+def fit_scaling(
+    logits, # Outputs of the network before softmax; but for `vector` also logarithms of probabilities: `N x classes`
+    y, # True class numbers, `N`
+    kind:str='temperature', # `temperature`, `prior`, `shift` or `vector`
+    weights=None, # Of the galaxies, `N`; all alike by default
+    class_weights=None, # For `prior`: how much each class counted in training over how often it is there, `classes`; a common factor does not matter
+)->Scaling:
+    "Maximum likelihood by LBFGS in double precision; raises `GalaxyDataError` where the galaxies do not allow it"
+    if kind not in _kinds: raise GalaxyDataError(f"no scaling is called {kind!r}; there are {', '.join(_kinds)}.")
+    x = np.asarray(logits, np.float64)
+    y, _, w = _ready(y, x, weights)
+    _check_outputs(x, y, kind)
+    known = _known_shift(class_weights, x.shape[1]) if kind == 'prior' else np.zeros(1)
+    scale, shift = _likeliest(*map(torch.from_numpy, (x + known, y, w/w.sum())), *_kinds[kind])
+    shift = shift + scale*torch.from_numpy(known)
+    if len(scale) == 1 and not scale[0] > 0:
+        raise GalaxyDataError(f'the network does worse than chance on these {len(y)} galaxies, so that no temperature helps; check that outputs and classes are in the same order.')
+    return Scaling(kind, tuple(scale.tolist()), tuple((shift - shift.mean()).tolist()), dict(n=len(y)) | (dict(class_weights=np.asarray(class_weights, float).tolist()) if kind == 'prior' else {}))
+
+# %% ../nbs/31_calibration.ipynb #1dc40cc6
+def _folds(y, groups, folds, seed):
+    groups = np.arange(len(y)) if groups is None else np.asarray(groups)
+    k = min(folds, np.bincount(y).max(), len(np.unique(groups)))
+    if k < 2:
+        raise GalaxyDataError(f'{len(y)} galaxies in {len(np.unique(groups))} groups on the sky cannot be dealt into folds; use more galaxies.')
+    return _deal(y, groups, k, seed)
 
 # %% ../nbs/31_calibration.ipynb #7436117a
 def cross_calibrate(
@@ -197,13 +209,6 @@ def cross_calibrate(
         own = fold == f
         q[own] = fit_scaling(x[~own], y[~own], kind, class_weights=class_weights)(torch.from_numpy(x[own])).numpy()
     return q
-
-def _folds(y, groups, folds, seed):
-    groups = np.arange(len(y)) if groups is None else np.asarray(groups)
-    k = min(folds, np.bincount(y).max(), len(np.unique(groups)))
-    if k < 2:
-        raise GalaxyDataError(f'{len(y)} galaxies in {len(np.unique(groups))} groups on the sky cannot be dealt into folds; use more galaxies.')
-    return _deal(y, groups, k, seed)
 
 # %% ../nbs/31_calibration.ipynb #869c5607
 @dataclass
@@ -273,6 +278,7 @@ def coverage_table(
     return pd.DataFrame(dict(n=n, coverage=share, coverage_95_low=low, coverage_95_high=high, mean_size=[size[i].mean() for i in rows.values()], empty_sets=[(size[i] == 0).sum() for i in rows.values()]),
                         index=pd.Index(rows, name=getattr(column, 'name', None)))
 
+# %% ../nbs/31_calibration.ipynb #21272caa
 def coverage_range(
     coverage:float, # That was asked for
     n_fit:int, # Galaxies the sets were fitted to
@@ -283,83 +289,12 @@ def coverage_range(
     if rank > n_fit: return 1., 1.
     return tuple(float(v/n) for v in betabinom.ppf((.025, .975), n, rank, n_fit + 1 - rank))
 
-# %% ../nbs/31_calibration.ipynb #be601bfe
-def training_lean(
-    learn, # A `Learner`
-)->np.ndarray: # `classes`, 1 on average; `None` where all classes count alike
-    "How much each class counts in training, over how often it is there: its weight in the loss, times how often the loader draws its galaxies"
-    lean, loss = np.ones(len(learn.dls.vocab)), getattr(learn.loss_func, 'func', learn.loss_func)         # fastai wraps PyTorch's losses
-    if isinstance(weight := getattr(loss, 'weight', None), torch.Tensor): lean = lean*weight.double().cpu().numpy()
-    if getattr(learn.dls.train, 'weights', None) is not None:
-        y = np.array([list(learn.dls.vocab).index(l) for l in learn.dls.catalog.label.iloc[list(learn.dls.train_ds.items)]])
-        n = np.bincount(y, minlength=len(lean))
-        lean = lean*np.where(n > 0, np.bincount(y, learn.dls.train.weights, len(lean))/np.maximum(n, 1), 1)
-    return None if np.ptp(lean) < 1e-6*lean.max() else lean/lean.mean()
-
-# %% ../nbs/31_calibration.ipynb #c0d25b54
-def calibrate(
-    learn, # A trained `Learner`; from now on its predictions are calibrated
-    kind:str=None, # `temperature`, `prior`, `shift` or `vector`; by default `prior` where training leaned towards some classes, else `temperature`
-    dl=None, # Labelled galaxies to fit to; the validation galaxies by default
-    coverage:float=None, # Also fit `ConformalSets` that hold the true class this often
-    method:str='aps', # Of these sets: `lac`, `aps` or `raps`
-    by_class:bool=False, # Whether they should hold each class this often
-    groups=None, # Group on the sky of each galaxy; those of the validation galaxies are known
-    folds:int=5, # For what is reported
-    seed:int=0, # Decides which galaxy falls into which fold
-)->Scaling: # With a `record` of what it was fitted to and what that brought
-    "Fit a scaling to galaxies that were not trained on, report it cross-fitted, and predict through it from now on"
-    (logits, y), lean = _outputs(learn, dl), training_lean(learn)
-    kind = kind or ('temperature' if lean is None else 'prior')
-    if lean is None: lean = np.ones(logits.shape[1])
-    if groups is None and dl is None: groups = _known_groups(learn.dls)
-    scaling, crossed = fit_scaling(logits, y, kind, class_weights=lean), cross_calibrate(logits, y, kind, groups, folds, seed, lean)
-    scaling.record |= _judged(y, Scaling()(torch.from_numpy(logits)).numpy(), crossed) | dict(folds=len(np.unique(_folds(y, groups, folds, seed))))
-    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, by_class, seed).to_dict()
-    return use_scaling(learn, scaling)
-
-# %% ../nbs/31_calibration.ipynb #6e29b58d
-def _outputs(learn, dl):
-    with learn.no_bar(), learn.no_logging(): x, y = learn.get_preds(dl=dl, act=lambda x: x)
-    if y is None: raise GalaxyDataError('these galaxies have no classes; calibrate on labelled ones.')
-    return x.double().numpy(), y.numpy()
-
-def _known_groups(dls): return None if getattr(dls, 'groups', None) is None else np.asarray(dls.groups)[list(dls.valid_ds.items)]
-
-def _judged(y, p, q):
-    "Scores of probabilities before, `p`, and after, `q`"
-    test = calibration_test(y, q)
-    scores = dict(ece=ece, nll=nll, accuracy=galaxy_scores['accuracy'], balanced_accuracy=galaxy_scores['balanced_accuracy'])
-    both = {f'{name}_{when}': float(f(y, v)) for name, f in scores.items() for when, v in (('before', p), ('after', q))}
-    return both | dict(ece_expected_95=list(test['expected_95']), p_value=test['p_value'])
-
-# %% ../nbs/31_calibration.ipynb #f7254332
-def use_scaling(
-    learn, # A `Learner`
-    scaling, # A `Scaling`, e.g. `Scaling.from_dict(card['calibration'])`; `None` for none
-): # `scaling`
-    "Predict through a scaling"
-    loss = partial(learn.loss_func) if isinstance(learn.loss_func, FunctionType) else copy.copy(learn.loss_func)      # others may share it
-    vars(loss).pop('activation', None)
-    if scaling is not None:
-        loss.activation = scaling
-        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ForgetCalibration)])
-        learn.add_cb(ForgetCalibration(_last_layer(learn)))
-    learn.loss_func = loss
-    return scaling
-
-def current_scaling(
-    learn, # A `Learner`
-): # A `Scaling`, or `None`
-    "The scaling that a learner predicts through"
-    for cb in getattr(learn, 'cbs', ()):
-        if isinstance(cb, ForgetCalibration): cb.look_again()
-    found = getattr(learn.loss_func, 'activation', None)
-    return found if isinstance(found, Scaling) else None
-
-def _last_layer(learn): # Its weights, as a number each
+# %% ../nbs/31_calibration.ipynb #466f3d52
+def _last_layer(learn):
+    "Its weights, as a number each"
     return [p.detach().double().square().sum().item() for p in list(learn.model.parameters())[-2:]]
 
+# %% ../nbs/31_calibration.ipynb #eb8f563f
 class ForgetCalibration(Callback):
     "Drop the calibration where training begins, and where other weights were loaded"
     def __init__(self,
@@ -383,6 +318,92 @@ class ForgetCalibration(Callback):
             loss = getattr(loss, 'func', None)
         if found: warnings.warn(f'{why}, and it was dropped; calibrate again.')
 
+# %% ../nbs/31_calibration.ipynb #f7254332
+def use_scaling(
+    learn, # A `Learner`
+    scaling, # A `Scaling`, e.g. `Scaling.from_dict(card['calibration'])`; `None` for none
+): # `scaling`
+    "Predict through a scaling"
+    loss = partial(learn.loss_func) if isinstance(learn.loss_func, FunctionType) else copy.copy(learn.loss_func)      # others may share it
+    vars(loss).pop('activation', None)
+    if scaling is not None:
+        loss.activation = scaling
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ForgetCalibration)])
+        learn.add_cb(ForgetCalibration(_last_layer(learn)))
+    learn.loss_func = loss
+    return scaling
+
+# %% ../nbs/31_calibration.ipynb #4da8f0ad
+def current_scaling(
+    learn, # A `Learner`
+): # A `Scaling`, or `None`
+    "The scaling that a learner predicts through"
+    for cb in getattr(learn, 'cbs', ()):
+        if isinstance(cb, ForgetCalibration): cb.look_again()
+    found = getattr(learn.loss_func, 'activation', None)
+    return found if isinstance(found, Scaling) else None
+
+# %% ../nbs/31_calibration.ipynb #be601bfe
+def training_lean(
+    learn, # A `Learner`
+)->np.ndarray: # `classes`, 1 on average; `None` where all classes count alike
+    "How much each class counts in training, over how often it is there: its weight in the loss, times how often the loader draws its galaxies"
+    lean, loss = np.ones(len(learn.dls.vocab)), getattr(learn.loss_func, 'func', learn.loss_func)         # fastai wraps PyTorch's losses
+    if isinstance(weight := getattr(loss, 'weight', None), torch.Tensor): lean = lean*weight.double().cpu().numpy()
+    if getattr(learn.dls.train, 'weights', None) is not None:
+        y = np.array([list(learn.dls.vocab).index(l) for l in learn.dls.catalog.label.iloc[list(learn.dls.train_ds.items)]])
+        n = np.bincount(y, minlength=len(lean))
+        lean = lean*np.where(n > 0, np.bincount(y, learn.dls.train.weights, len(lean))/np.maximum(n, 1), 1)
+    return None if np.ptp(lean) < 1e-6*lean.max() else lean/lean.mean()
+
+# %% ../nbs/31_calibration.ipynb #b0cddaf4
+@contextmanager
+def _in_orientations(learn, all_eight=True):
+    "Within, the learner sees galaxies in all eight orientations, and gives their mean logits"
+    model = learn.model
+    if all_eight: learn.model = D4Average(model)
+    try: yield learn
+    finally: learn.model = model
+
+def _outputs(learn, dl, orientations=False):
+    with learn.no_bar(), learn.no_logging(), _in_orientations(learn, orientations): x, y = learn.get_preds(dl=dl, act=lambda x: x)
+    if y is None: raise GalaxyDataError('these galaxies have no classes; calibrate on labelled ones.')
+    return x.double().numpy(), y.numpy()
+
+# %% ../nbs/31_calibration.ipynb #6e29b58d
+def _known_groups(dls): return None if getattr(dls, 'groups', None) is None else np.asarray(dls.groups)[list(dls.valid_ds.items)]
+
+def _judged(y, p, q):
+    "Scores of probabilities before, `p`, and after, `q`"
+    test = calibration_test(y, q)
+    scores = dict(ece=ece, nll=nll, accuracy=galaxy_scores['accuracy'], balanced_accuracy=galaxy_scores['balanced_accuracy'])
+    both = {f'{name}_{when}': float(f(y, v)) for name, f in scores.items() for when, v in (('before', p), ('after', q))}
+    return both | dict(ece_expected_95=list(test['expected_95']), p_value=test['p_value'])
+
+# %% ../nbs/31_calibration.ipynb #c0d25b54
+def calibrate(
+    learn, # A trained `Learner`; from now on its predictions are calibrated
+    kind:str=None, # `temperature`, `prior`, `shift` or `vector`; by default `prior` where training leaned towards some classes, else `temperature`
+    dl=None, # Labelled galaxies to fit to; the validation galaxies by default
+    coverage:float=None, # Also fit `ConformalSets` that hold the true class this often
+    method:str='aps', # Of these sets: `lac`, `aps` or `raps`
+    by_class:bool=False, # Whether they should hold each class this often
+    groups=None, # Group on the sky of each galaxy; those of the validation galaxies are known
+    folds:int=5, # For what is reported
+    seed:int=0, # Decides which galaxy falls into which fold
+    orientations:bool=False, # Fit to the mean over the eight orientations of each galaxy, for `predict_catalog(orientations=True)`
+)->Scaling: # With a `record` of what it was fitted to and what that brought
+    "Fit a scaling to galaxies that were not trained on, report it cross-fitted, and predict through it from now on"
+    (logits, y), lean = _outputs(learn, dl, orientations), training_lean(learn)
+    kind = kind or ('temperature' if lean is None else 'prior')
+    if lean is None: lean = np.ones(logits.shape[1])
+    if groups is None and dl is None: groups = _known_groups(learn.dls)
+    scaling, crossed = fit_scaling(logits, y, kind, class_weights=lean), cross_calibrate(logits, y, kind, groups, folds, seed, lean)
+    scaling.record |= _judged(y, Scaling()(torch.from_numpy(logits)).numpy(), crossed)
+    scaling.record |= dict(folds=len(np.unique(_folds(y, groups, folds, seed))), orientations=orientations)
+    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, by_class, seed).to_dict()
+    return use_scaling(learn, scaling)
+
 # %% ../nbs/31_calibration.ipynb #868a0471
 @dataclass
 class Opinions:
@@ -395,7 +416,30 @@ class Opinions:
     mutual_information = property(lambda self: np.maximum(self.entropy - entr(self.members).sum(-1).mean(0), 0), doc='Nats, `N`: what of it the members disagree about')
     agreement = property(lambda self: (self.members.argmax(-1) == self.p.argmax(-1)).mean(0), doc='Share of the members that name the class of the mean, `N`')
 
-# %% ../nbs/31_calibration.ipynb #f37ba8e6
+# %% ../nbs/31_calibration.ipynb #1a3355a7
+def _images(learn, items):
+    "The images of a `GalaxySet`, or the items as they are; raises `GalaxyDataError` for other bands than those of the training"
+    ours, theirs = (list(getattr(g, 'bands', ())) for g in (getattr(learn.dls, 'galaxies', None), items))
+    if ours and theirs and ours != theirs:
+        raise GalaxyDataError(f"these galaxies have the bands {', '.join(theirs)}, and the network was trained on {', '.join(ours)}; "
+                              f'read them with bands={tuple(ours)}.')
+    return list(getattr(items, 'images', items))
+
+# %% ../nbs/31_calibration.ipynb #d7b1e23a
+def _asked(learn, items, cbs): # `members x N x classes`, and the classes where they are known
+    dl = None if items is None else learn.dls.test_dl(_images(learn, items))
+    with learn.no_bar(), learn.no_logging(): found = [learn.get_preds(dl=dl, cbs=cb) for cb in cbs]
+    return np.stack([p.numpy() for p, _ in found]), found[0][1]
+
+# %% ../nbs/31_calibration.ipynb #55c6df67
+def _rate(m): return getattr(m, 'p', 0) if isinstance(m, _DropoutNd) else (m.drop_prob or 0) if isinstance(m, DropPath) else 0
+
+class _DropoutOn(Callback):
+    def before_validate(self):
+        for m in self.model.modules(): m.train(_rate(m) > 0)
+    def after_validate(self): self.model.eval()
+
+# %% ../nbs/31_calibration.ipynb #89c21093
 @dataclass
 class MCDropout:
     "A source for `ensemble_predict`: a learner whose dropout and stochastic depth stay on"
@@ -407,37 +451,18 @@ class MCDropout:
         if not any(_rate(m) for m in self.learn.model.modules()): raise GalaxyDataError('this network has neither dropout nor stochastic depth; build it with `drop` or `drop_path`, or ask several networks.')
         with no_random(self.seed, reproducible=False): return _asked(self.learn, items, [_DropoutOn() for _ in range(self.n)])
 
+# %% ../nbs/31_calibration.ipynb #f37ba8e6
+class _Turned(Callback):
+    def __init__(self, k): self.k = k
+    def before_batch(self): self.learn.xb = (dihedral(self.x, torch.full((len(self.x),), self.k, device=self.x.device)),)
+
+# %% ../nbs/31_calibration.ipynb #6cd2236a
 @dataclass
 class Orientations:
     "A source for `ensemble_predict`: a learner that sees the galaxies turned and mirrored, in all eight ways"
     learn:object # A `Learner`
 
     def opinions(self, items): return _asked(self.learn, items, [_Turned(k) for k in range(8)])
-
-# %% ../nbs/31_calibration.ipynb #55c6df67
-def _rate(m): return getattr(m, 'p', 0) if isinstance(m, _DropoutNd) else (m.drop_prob or 0) if isinstance(m, DropPath) else 0
-
-class _DropoutOn(Callback):
-    def before_validate(self):
-        for m in self.model.modules(): m.train(_rate(m) > 0)
-    def after_validate(self): self.model.eval()
-
-class _Turned(Callback):
-    def __init__(self, k): self.k = k
-    def before_batch(self): self.learn.xb = (dihedral(self.x, torch.full((len(self.x),), self.k, device=self.x.device)),)
-
-def _images(learn, items):
-    "The images of a `GalaxySet`, or the items as they are; raises `GalaxyDataError` for other bands than those of the training"
-    ours, theirs = (list(getattr(g, 'bands', ())) for g in (getattr(learn.dls, 'galaxies', None), items))
-    if ours and theirs and ours != theirs:
-        raise GalaxyDataError(f"these galaxies have the bands {', '.join(theirs)}, and the network was trained on {', '.join(ours)}; "
-                              f'read them with bands={tuple(ours)}.')
-    return list(getattr(items, 'images', items))
-
-def _asked(learn, items, cbs): # `members x N x classes`, and the classes where they are known
-    dl = None if items is None else learn.dls.test_dl(_images(learn, items))
-    with learn.no_bar(), learn.no_logging(): found = [learn.get_preds(dl=dl, cbs=cb) for cb in cbs]
-    return np.stack([p.numpy() for p, _ in found]), found[0][1]
 
 # %% ../nbs/31_calibration.ipynb #8749a943
 def ensemble_predict(

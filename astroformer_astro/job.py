@@ -24,20 +24,26 @@ from .device import choose_precision
 from .interpret.attribution import Explainer
 from .interpret.plot import plot_explanation
 from .learner import astroformer_learner, augmentations, evaluate, load_astroformer_learner, optimisers
-from .metrics import plot_confused, summary_metrics
+from .metrics import plot_confused
 from .models.astroformer import model_cfgs
 from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .parallel import data_parallel, first_then_others, join_processes, one_process
 from .predict import write_table
-from .recipe import name_and_fields, recipe as make_recipe
-from .record import (Pictures, calibration_said, curve_table, fields_said, held_out, logs, run_config, run_environment,
-                                      run_folder, run_loggers, with_intervals, write_json, write_record)
+from .recipe import name_and_fields, recipe as make_recipe, recipe_said, training_stages
+from .record import (Pictures, batches_said, calibration_said, curve_table, fields_said, held_out, logs, run_config,
+                                      run_environment, run_folder, run_loggers, summary, with_intervals, write_json, write_record)
 from .report import (counted, plot_class_table, plot_curves, plot_samples, readable_coverage, readable_table,
                                       write_report)
 from .survive import survive
 from .synth import synth_galaxy10
 from fastai.callback.core import Callback
 from fastai.torch_core import no_random, rank_distrib
+
+# %% ../nbs/57_job.ipynb #2bd831e4
+def _step(loss_func, model, batches):
+    x, y = next(batches)
+    with torch.autocast(x.device.type, enabled=x.is_cuda): loss_func(model(x), y).backward()
+    if x.is_cuda: torch.cuda.synchronize(x.device)
 
 # %% ../nbs/57_job.ipynb #6e702808
 def seconds_per_epoch(
@@ -53,11 +59,6 @@ def seconds_per_epoch(
         for _ in range(batches): _step(learn.loss_func, model, endless)
     validation_and_optimiser = 1.15           # a third of a step on a quarter of the galaxies, and a little
     return (time.perf_counter() - start)/batches*len(learn.dls.train)*validation_and_optimiser
-
-def _step(loss_func, model, batches):
-    x, y = next(batches)
-    with torch.autocast(x.device.type, enabled=x.is_cuda): loss_func(model(x), y).backward()
-    if x.is_cuda: torch.cuda.synchronize(x.device)
 
 # %% ../nbs/57_job.ipynb #979ae7bc
 def _duration(seconds): return f'about {seconds/60:.0f} min' if seconds > 90 else f'about {max(seconds, 1):.0f} s'
@@ -100,6 +101,76 @@ def telling_cases(
     right = p.argmax(1) == y
     return first(np.flatnonzero(right)), first(np.flatnonzero(~right))
 
+# %% ../nbs/57_job.ipynb #c79ed30d
+_words = dict(opt=tuple(optimisers), augment=('', *augmentations))
+_wanted = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'a word'}
+
+def _check_field(f, value):
+    kinds = (int, float) if f.type is float else f.type
+    if not isinstance(value, kinds) or f.type is not bool and isinstance(value, bool):
+        raise GalaxyDataError(f'{f.name} of the recipe is {value!r}; give {_wanted[f.type]}.')
+    if f.type is str and value not in _words.get(f.name, (value,)):
+        raise GalaxyDataError(f"{f.name} of the recipe is {value!r}; there are {', '.join(filter(None, _words[f.name]))}.")
+    if f.type in (int, float) and not 0 <= value < np.inf: raise GalaxyDataError(f'{f.name} of the recipe is {value}; give 0 or more.')
+
+# %% ../nbs/57_job.ipynb #ac66a5d6
+def _has_no_epochs(r): return training_stages(r, 1, 6) == training_stages(r, 2, 6) or not (r.lr or r.tune_lr)
+
+# %% ../nbs/57_job.ipynb #e169131e
+def _recipe(job):
+    "The recipe of a job, as an argument of `astroformer_learner`; raises `GalaxyDataError` for one that cannot be"
+    if not job.recipe: return {}
+    name, settings = name_and_fields(job.recipe)
+    recipe = make_recipe(name, **settings)
+    for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
+    if (job.epochs or recipe.epochs) and _has_no_epochs(recipe):
+        raise GalaxyDataError(f'the recipe {job.recipe} trains the last layer alone, for a time of its own, or nothing at all, and has no epochs; '
+                              'leave them out, or take finetune_few.')
+    return dict(recipe=recipe)
+
+# %% ../nbs/57_job.ipynb #0cf8fc77
+def _wrong_input(job):
+    own = job.classes or ()
+    yield job.data and job.catalog, 'both an HDF5 file and a catalogue were given; give one of them.'
+    yield (job.images and not job.catalog,
+           f'a folder of images was given ({job.images}), but no catalogue of them; give the table of their names and classes too.')
+    yield (job.y != 'label' and not job.catalog,
+           f'a column of classes was given ({job.y}), but no catalogue that has it; give the table too.')
+    yield own and job.simulated, 'class names were given, but no survey; give an HDF5 file or a catalogue too.'
+    yield (own and ('' in own or len(set(own)) < max(2, len(own))),
+           f"the classes are {', '.join(map(repr, own))}; give two or more names, each once, with commas between them.")
+    yield (job.bad not in ('raise', 'skip'),
+           f'rows that cannot be used are to be treated as {job.bad!r} (bad); that is either raise or skip.')
+
+# %% ../nbs/57_job.ipynb #dc0f86be
+def _wrong_numbers(job):
+    yield job.arch and job.arch not in model_cfgs, f"no network is called {job.arch!r}; there are {', '.join(model_cfgs)}."
+    yield job.epochs < 0, f'epochs is {job.epochs}; give their number, or 0 to have it chosen.'
+    yield job.size < 32, f'size is {job.size}; galaxies are read at 32 px or more.'
+    yield job.pxscale is not None and not job.pxscale > 0, f'pxscale is {job.pxscale}; give arcsec per pixel, above 0.'
+    yield (job.n < 100 and job.simulated,
+           f'n is {job.n}; simulate 100 galaxies or more, so that each class has some to train on and some to hold out.')
+    yield job.split_seed < 0, f'split_seed is {job.split_seed}; give 0 or more.'
+    yield (job.calibration not in (*_kinds, 'auto', 'none'),
+           f"no calibration is called {job.calibration!r}; there are {', '.join(_kinds)}, auto and none.")
+    yield job.log not in (None, *logs), f"no log is called {job.log!r}; there are {' and '.join(logs)}."
+    yield not 0 < job.coverage < 1, f'coverage is {job.coverage}; give a share between 0 and 1.'
+
+# %% ../nbs/57_job.ipynb #2423dba9
+def _check(job):
+    "Raise `GalaxyDataError` for settings that cannot be meant"
+    for wrong, sentence in (*_wrong_input(job), *_wrong_numbers(job)):
+        if wrong: raise GalaxyDataError(sentence)
+    choose_precision(job.device, job.precision)
+
+# %% ../nbs/57_job.ipynb #5a85b8dd
+def _tidy(job):
+    "Paths as text, and class names as a tuple of them"
+    for k, v in vars(job).items():
+        if isinstance(v, Path): setattr(job, k, str(v))
+    if isinstance(job.classes, str): job.classes = job.classes.split(',')
+    if job.classes is not None: job.classes = tuple(str(c).strip() for c in job.classes)
+
 # %% ../nbs/57_job.ipynb #54a314cc
 @dataclass
 class Job:
@@ -132,69 +203,12 @@ class Job:
     n:int=2000 # Galaxies to simulate
 
     def __post_init__(self):
-        for k, v in vars(self).items():
-            if isinstance(v, Path): setattr(self, k, str(v))
-        if isinstance(self.classes, str): self.classes = self.classes.split(',')
-        if self.classes is not None: self.classes = tuple(str(c).strip() for c in self.classes)
+        _tidy(self)
         _check(self)
         _recipe(self)
 
     simulated = property(lambda self: not (self.data or self.catalog))
     labels = property(lambda self: [c.strip() for c in self.y.split(',')] if ',' in self.y else self.y, doc='A column, or a list of columns with votes')
-
-# %% ../nbs/57_job.ipynb #2423dba9
-def _check(job):
-    "Raise `GalaxyDataError` for settings that cannot be meant"
-    for wrong, sentence in (*_wrong_input(job), *_wrong_numbers(job)):
-        if wrong: raise GalaxyDataError(sentence)
-    choose_precision(job.device, job.precision)
-
-def _wrong_input(job):
-    own = job.classes or ()
-    yield job.data and job.catalog, 'both an HDF5 file and a catalogue were given; give one of them.'
-    yield (job.images and not job.catalog,
-           f'a folder of images was given ({job.images}), but no catalogue of them; give the table of their names and classes too.')
-    yield (job.y != 'label' and not job.catalog,
-           f'a column of classes was given ({job.y}), but no catalogue that has it; give the table too.')
-    yield own and job.simulated, 'class names were given, but no survey; give an HDF5 file or a catalogue too.'
-    yield (own and ('' in own or len(set(own)) < max(2, len(own))),
-           f"the classes are {', '.join(map(repr, own))}; give two or more names, each once, with commas between them.")
-    yield (job.bad not in ('raise', 'skip'),
-           f'rows that cannot be used are to be treated as {job.bad!r} (bad); that is either raise or skip.')
-
-def _wrong_numbers(job):
-    yield job.arch and job.arch not in model_cfgs, f"no network is called {job.arch!r}; there are {', '.join(model_cfgs)}."
-    yield job.epochs and (job.recipe or '').split()[:1] == ['linear_probe'], 'linear_probe computes the last layer and has no epochs; leave them out, or take finetune_few.'
-    yield job.epochs < 0, f'epochs is {job.epochs}; give their number, or 0 to have it chosen.'
-    yield job.size < 32, f'size is {job.size}; galaxies are read at 32 px or more.'
-    yield job.pxscale is not None and not job.pxscale > 0, f'pxscale is {job.pxscale}; give arcsec per pixel, above 0.'
-    yield (job.n < 100 and job.simulated,
-           f'n is {job.n}; simulate 100 galaxies or more, so that each class has some to train on and some to hold out.')
-    yield job.split_seed < 0, f'split_seed is {job.split_seed}; give 0 or more.'
-    yield (job.calibration not in (*_kinds, 'auto', 'none'),
-           f"no calibration is called {job.calibration!r}; there are {', '.join(_kinds)}, auto and none.")
-    yield job.log not in (None, *logs), f"no log is called {job.log!r}; there are {' and '.join(logs)}."
-    yield not 0 < job.coverage < 1, f'coverage is {job.coverage}; give a share between 0 and 1.'
-
-# %% ../nbs/57_job.ipynb #e169131e
-def _recipe(job):
-    "The recipe of a job, as an argument of `astroformer_learner`; raises `GalaxyDataError` for one that cannot be"
-    if not job.recipe: return {}
-    name, settings = name_and_fields(job.recipe)
-    recipe = make_recipe(name, **settings)
-    for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
-    return dict(recipe=recipe)
-
-_words = dict(opt=tuple(optimisers), augment=('', *augmentations))
-_wanted = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'a word'}
-
-def _check_field(f, value):
-    kinds = (int, float) if f.type is float else f.type
-    if not isinstance(value, kinds) or f.type is not bool and isinstance(value, bool):
-        raise GalaxyDataError(f'{f.name} of the recipe is {value!r}; give {_wanted[f.type]}.')
-    if f.type is str and value not in _words.get(f.name, (value,)):
-        raise GalaxyDataError(f"{f.name} of the recipe is {value!r}; there are {', '.join(filter(None, _words[f.name]))}.")
-    if f.type in (int, float) and not 0 <= value < np.inf: raise GalaxyDataError(f'{f.name} of the recipe is {value}; give 0 or more.')
 
 # %% ../nbs/57_job.ipynb #921a23a2
 def _command(job):
@@ -216,6 +230,7 @@ def _with_network(job):
         raise GalaxyDataError(f'the weights of {job.pretrained} are of {name}, not of {job.arch}; leave the network out, or ask for {name}.')
     return replace(job, arch=name), old
 
+# %% ../nbs/57_job.ipynb #00ee2846
 def _kept(cfg): return dict(strides=cfg.strides, equivariant=cfg.equivariant)
 
 def _origin(job, old, classes):
@@ -227,12 +242,13 @@ def _origin(job, old, classes):
     return (f'Fine-tuned from {job.pretrained}: weights of {job.arch}, trained on {source} '
             f'with cut-outs of {old.cfg.img_size[0]} px and {last}.')
 
-# %% ../nbs/57_job.ipynb #e1187b39
-def _read(job):
-    if job.data: return read_hdf5(job.data, job.size, job.classes, progress=False)
-    if job.catalog: return _read_table(job)
-    return _simulate(job, 'a', job.n, job.seed)
+# %% ../nbs/57_job.ipynb #bc524cde
+def _simulate(job, survey, n, seed):
+    path = Path(job.out)/f'survey_{survey}_seed{seed}.h5'
+    if not rank_distrib(): synth_galaxy10(path, n=n, size=job.size, seed=seed, survey=survey)
+    return read_hdf5(path, job.size, progress=False)
 
+# %% ../nbs/57_job.ipynb #5733f7e2
 def _read_table(job):
     table, folder, y, bad, classes = job.catalog, job.images, job.labels, job.bad, job.classes
     if holds_fits(table, job.x):
@@ -242,11 +258,13 @@ def _read_table(job):
         raise GalaxyDataError(f'bands or a pixel scale were given, but {table} names no FITS files in {job.x!r}; pictures are taken as they are.')
     return _read_with_votes(read_catalog, table, folder, y, bad, classes, x=job.x, size=job.size, progress=False)
 
-def _simulate(job, survey, n, seed):
-    path = Path(job.out)/f'survey_{survey}_seed{seed}.h5'
-    if not rank_distrib(): synth_galaxy10(path, n=n, size=job.size, seed=seed, survey=survey)
-    return read_hdf5(path, job.size, progress=False)
+# %% ../nbs/57_job.ipynb #e1187b39
+def _read(job):
+    if job.data: return read_hdf5(job.data, job.size, job.classes, progress=False)
+    if job.catalog: return _read_table(job)
+    return _simulate(job, 'a', job.n, job.seed)
 
+# %% ../nbs/57_job.ipynb #37c2d1a0
 def _left_out(job, galaxies):
     "Write the rows that could not be used to `skipped.csv`; what there is to say about them"
     path, n = Path(job.out)/'skipped.csv', len(galaxies.skipped)
@@ -306,6 +324,11 @@ def judge(
         use_scaling(learn, None)
         return held_out(learn), str(e)
 
+# %% ../nbs/57_job.ipynb #52b4fb9e
+def _scored(learn, galaxies=None):
+    found = evaluate(learn, galaxies)
+    return summary(found['y'], found['p'])
+
 # %% ../nbs/57_job.ipynb #5494d96a
 def second_survey(job, weights, new): # Scores on held-out galaxies of survey b, `before` and `after`
     "Fine-tune saved weights to half of 400 galaxies of simulated survey b, and save those in the folder `new`"
@@ -316,7 +339,7 @@ def second_survey(job, weights, new): # Scores on held-out galaxies of survey b,
     tuned = astroformer_learner(dls, arch_name(cfg), pretrained=weights, **_hardware(job), **_kept(cfg))
     fit(tuned, 10, survive(Path(job.out)/'checkpoint_b', job.resume))
     save_astroformer(tuned, Path(new)/'galaxies_b', source=b.source)
-    return dict(labelled=len(dls.train_ds), before=evaluate(old, b.take(dls.valid_ds.items))['metrics'], after=evaluate(tuned)['metrics'])
+    return dict(labelled=len(dls.train_ds), before=_scored(old, b.take(dls.valid_ds.items)), after=_scored(tuned))
 
 # %% ../nbs/57_job.ipynb #c9cbe0eb
 def explain_cases(
@@ -337,6 +360,7 @@ def _split(dls):
     if dls.groups is None: return n + '; no positions are known, so neighbours on the sky may stand on both sides'
     return n + f'; galaxies less than {_arcsec_said(dls.separation)} apart on one side ({counted(len(set(dls.groups)), "group")} on the sky)'
 
+# %% ../nbs/57_job.ipynb #659276fc
 def _loss(learn):
     w, loss, names = learn.loss_func.weight.cpu(), learn.loss_func, list(learn.dls.vocab)
     heavy, light, spread = names[w.argmax()], names[w.argmin()], f'{loss.label_smoothing:.0%} of each answer is spread over all classes'
@@ -352,50 +376,40 @@ def _facts(job, learn, found, origin, frozen, seconds):
     return {'made': datetime.now().astimezone().isoformat(' ', 'minutes'), 'command': _command(job),
             'network': f'{job.arch}, {n/1e6:.2f} million parameters, cut-outs of {job.size} px', 'weights at the start': origin,
             'training': f"{counted(frozen, 'epoch')} of the head alone, then {epochs} of all layers" if frozen else epochs, 'galaxies': _split(learn.dls),
-            'recipe': fields_said(learn.recipe), 'loss': _loss(learn),
+            'recipe': f'{recipe_said(learn.recipe)} ({fields_said(learn.recipe)})', 'batches': batches_said(learn), 'loss': _loss(learn),
             'calibration': repr(found.scaling) if found.scaling else 'none',
             'seeds': f'{job.seed} for weights, order and augmentation, {job.split_seed} for the split',
-            'intervals': '95 %, of scores by bootstrap, of shares by Wilson, from the number of galaxies alone; they know nothing of wrong labels',
+            'intervals': '95 %, of scores by stratified bootstrap, of completeness, purity and coverage by the formula of Wilson, '
+                         'from the number of galaxies alone; they know nothing of wrong labels',
             'software': ', '.join(f'{k} {v}' for k, v in machine['packages'].items()) + f", Python {machine['python']}",
             'machine': f"{machine['device']}, {counted(machine['processes'], 'process', 'processes')}, {learn.precision} precision",
             'time': _duration(seconds)}
 
-# %% ../nbs/57_job.ipynb #cfa3f35d
-def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, cases):
-    curves, galaxies = plot_curves(learn.curves.values, learn.curves.names, frozen), learn.dls.galaxies
-    yield 'In short', ['Of held-out galaxies: ' + _sentence(summary_metrics(found.y, found.p)), calibration_said(found, why)]
-    yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
-    yield 'Training', [origin, curves]
-    yield 'Held-out galaxies', [_held_out, with_intervals(found.scores), plot_class_table(found.table), readable_table(found.table),
-        plot_confused(found.y, found.p, found.classes, Pictures(learn.dls)), _how_confused]
-    yield 'Can the probabilities be believed?', [*_calibration_parts(found, why)]
-    if fresh: yield 'A fresh simulation', ['Galaxies simulated with another seed, of which none was trained on. Scores: ' + _sentence(fresh)]
-    if second: yield 'A second survey', ['Simulated with other seeing, depth, pixel scale and colours, and scored on galaxies held out from it.',
-        'Before fine-tuning: ' + _sentence(second['before']), f"After fine-tuning to {second['labelled']} labelled galaxies: " + _sentence(second['after'])]
-    yield 'Right, and why', [_how_to_read] + (cases['right'] or ['No held-out galaxy was classified rightly.'])
-    yield 'Wrong, and why', cases['wrong'] or ['No held-out galaxy was misclassified.']
+# %% ../nbs/57_job.ipynb #451191b9
+def _sentence(m):
+    low, high = m['accuracy_95']
+    return (f"accuracy {m['accuracy']:.3f} (bootstrap 95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, "
+            f"on {counted(m['n'], 'galaxy', 'galaxies')}; always answering the commonest class gives accuracy {m['commonest_accuracy']:.3f}, "
+            f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}.")
 
+# %% ../nbs/57_job.ipynb #82307342
+def _title(job, galaxies):
+    survey = 'Simulated galaxies' if job.simulated else f'Galaxies of {Path(galaxies.source).name}'
+    return f'{survey}, classified by {job.arch}' + (f', fine-tuned from {Path(job.pretrained).name}' if job.pretrained else '')
+
+# %% ../nbs/57_job.ipynb #cec18264
 def _calibration_parts(found, why):
     if found.before is None: yield from (calibration_said(found, why), plot_reliability(found.y, found.p)); return
     yield _cross_fit
     yield plot_reliability(found.y, {'before calibration': found.before, 'after': found.p})
     if found.sets is not None: yield readable_coverage(found.coverage)
 
-def _title(job, galaxies):
-    survey = 'Simulated galaxies' if job.simulated else f'Galaxies of {Path(galaxies.source).name}'
-    return f'{survey}, classified by {job.arch}' + (f', fine-tuned from {Path(job.pretrained).name}' if job.pretrained else '')
-
-def _sentence(m):
-    low, high = m['accuracy_95']
-    return (f"accuracy {m['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, "
-            f"on {counted(m['n'], 'galaxy', 'galaxies')}; always answering the commonest class gives accuracy {m['commonest_accuracy']:.3f}, "
-            f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}.")
-
 # %% ../nbs/57_job.ipynb #55fe6671
 _held_out = """The network was not trained on these galaxies, and but for the calibration, of which more below, nothing in this run
 was chosen by how it did on them: not the number of epochs, nor which weights were kept. Completeness is the share of a class that
 was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of
-the classes. The intervals are of a stratified bootstrap; those of the calibration errors, ECE, lean upwards."""
+the classes. The intervals of the scores are of a stratified bootstrap, where those of the calibration errors,
+ECE, lean upwards; those of completeness and purity are by Wilson's formula."""
 
 _how_confused = """Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and
 its most confident galaxies. What stands off the diagonal may be the network at fault, or the label."""
@@ -411,21 +425,38 @@ score could not be traced to pixels, the title says how much is missed). The sam
 attention the last stage of the network paid to each patch of the image, where 1 is even attention. All this shows what the network
 went by, not that it was right to."""
 
+# %% ../nbs/57_job.ipynb #cfa3f35d
+def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, cases):
+    curves, galaxies = plot_curves(learn.curves.values, learn.curves.names, frozen), learn.dls.galaxies
+    yield 'In short', ['Of held-out galaxies: ' + _sentence(summary(found.y, found.p)), calibration_said(found, why)]
+    yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
+    yield 'Training', [origin, curves]
+    yield 'Held-out galaxies', [_held_out, with_intervals(found.scores), plot_class_table(found.table), readable_table(found.table),
+        plot_confused(found.y, found.p, found.classes, Pictures(learn.dls)), _how_confused]
+    yield 'Can the probabilities be believed?', [*_calibration_parts(found, why)]
+    if fresh: yield 'A fresh simulation', ['Galaxies simulated with another seed, of which none was trained on. Scores: ' + _sentence(fresh)]
+    if second: yield 'A second survey', ['Simulated with other seeing, depth, pixel scale and colours, and scored on galaxies held out from it.',
+        'Before fine-tuning: ' + _sentence(second['before']), f"After fine-tuning to {second['labelled']} labelled galaxies: " + _sentence(second['after'])]
+    yield 'Right, and why', [_how_to_read] + (cases['right'] or ['No held-out galaxy was classified rightly.'])
+    yield 'Wrong, and why', cases['wrong'] or ['No held-out galaxy was misclassified.']
+
 # %% ../nbs/57_job.ipynb #f503968b
 def _teller(n):
     "A function that prints numbered steps with the time since the first"
     start, steps = time.perf_counter(), itertools.count(1)
     return lambda text: print(f'[{next(steps)}/{n}] {text} ({time.perf_counter() - start:.0f} s)', flush=True)
 
+# %% ../nbs/57_job.ipynb #5a820390
 def _survey(job):
     galaxies = _read(job)
     left_out = _left_out(job, galaxies)
     for line in [*galaxies.summary().split('\n'), *([left_out] if left_out else [])]: print(f'      {line}')
     return galaxies, left_out
 
+# %% ../nbs/57_job.ipynb #c08f4a88
 def _elsewhere(job, learn, new, say):
     "Scores on a fresh simulation, and on the second survey before and after fine-tuning"
-    fresh = evaluate(learn, _simulate(job, 'a', 1000, job.seed + 1))['metrics']
+    fresh = _scored(learn, _simulate(job, 'a', 1000, job.seed + 1))
     print('      fresh simulation: ' + _sentence(fresh))
     say('fine-tune to survey b, labels for half of 400 galaxies')
     second = second_survey(job, new/'galaxies', new)
@@ -435,9 +466,10 @@ def _elsewhere(job, learn, new, say):
 # %% ../nbs/57_job.ipynb #1d95597f
 def _results(job, learn, found, fresh, second, facts):
     table = lambda t: None if t is None else json.loads(t.to_json(orient='index'))
-    return dict(job=job, held_out=summary_metrics(found.y, found.p), scores=table(found.scores), classes=table(found.table), coverage=table(found.coverage),
+    return dict(job=job, held_out=summary(found.y, found.p), scores=table(found.scores), classes=table(found.table), coverage=table(found.coverage),
                 fresh=fresh, second=second, epochs=curve_table(learn).to_dict('records'), made=facts)
 
+# %% ../nbs/57_job.ipynb #80dce3c3
 def _costs(start, device):
     return dict(seconds=round(time.perf_counter() - start, 1), peak_memory_GiB=_peak_memory(), machine=device_name(device))
 
@@ -445,6 +477,31 @@ def _peak_memory():
     try: import resource
     except ImportError: return None          # Windows keeps no such account
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform != 'darwin' else 2**30), 2)
+
+# %% ../nbs/57_job.ipynb #c52a8638
+@contextmanager
+def _first_speaks():
+    if not rank_distrib(): yield; return
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere): yield
+
+# %% ../nbs/57_job.ipynb #34fd97ff
+def _finish(job, old, learn, frozen, left_out, new, say, start):
+    "Everything after the training, into the folder `new`"
+    found, why = judge(job, learn)
+    origin, title = _origin(job, old, learn.dls.vocab), _title(job, learn.dls.galaxies)
+    print('      held out: ' + _sentence(summary(found.y, found.p)) + '\n      ' + calibration_said(found, why))
+    notes = dict(command=f'`{_command(job)}`', origin=origin)
+    kept = dict(job=asdict(job), recipe=asdict(learn.recipe), metrics=summary(found.y, found.p))
+    write_record(learn, new, found, title, frozen, notes, why, split=dict(seed=job.split_seed), **kept)
+    write_json(new/'job.json', job)
+    fresh, second = _elsewhere(job, learn, new, say) if job.simulated else (None, None)
+    say('explain right and wrong answers')
+    sections = [*_sections(job, learn, found, why, origin, frozen, left_out, fresh, second, explain_cases(learn, found.y, found.p))]
+    say(f'write {job.out}/report.html, model_card.md, metrics.json, galaxies.safetensors')
+    facts = _facts(job, learn, found, origin, frozen, time.perf_counter() - start)
+    write_report(new/'report.html', title, sections + [('How this was made', [facts])])
+    write_json(new/'metrics.json', result := _results(job, learn, found, fresh, second, facts) | _costs(start, learn.dls.device))
+    return result
 
 # %% ../nbs/57_job.ipynb #2435b004
 def run_job(
@@ -465,27 +522,4 @@ def run_job(
         with one_process(): result = _finish(job, old, learn, frozen, left_out, new, say, start)
     for folder in 'checkpoint', 'checkpoint_b': shutil.rmtree(Path(job.out)/folder, ignore_errors=True)
     print(f'done: open {job.out}/report.html', flush=True)
-    return result
-
-@contextmanager
-def _first_speaks():
-    if not rank_distrib(): yield; return
-    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere): yield
-
-def _finish(job, old, learn, frozen, left_out, new, say, start):
-    "Everything after the training, into the folder `new`"
-    found, why = judge(job, learn)
-    origin, title = _origin(job, old, learn.dls.vocab), _title(job, learn.dls.galaxies)
-    print('      held out: ' + _sentence(summary_metrics(found.y, found.p)) + '\n      ' + calibration_said(found, why))
-    notes = dict(command=f'`{_command(job)}`', origin=origin)
-    kept = dict(job=asdict(job), recipe=asdict(learn.recipe), metrics=summary_metrics(found.y, found.p))
-    write_record(learn, new, found, title, frozen, notes, why, split=dict(seed=job.split_seed), **kept)
-    write_json(new/'job.json', job)
-    fresh, second = _elsewhere(job, learn, new, say) if job.simulated else (None, None)
-    say('explain right and wrong answers')
-    sections = [*_sections(job, learn, found, why, origin, frozen, left_out, fresh, second, explain_cases(learn, found.y, found.p))]
-    say(f'write {job.out}/report.html, model_card.md, metrics.json, galaxies.safetensors')
-    facts = _facts(job, learn, found, origin, frozen, time.perf_counter() - start)
-    write_report(new/'report.html', title, sections + [('How this was made', [facts])])
-    write_json(new/'metrics.json', result := _results(job, learn, found, fresh, second, facts) | _costs(start, learn.dls.device))
     return result

@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from .calibration import ConformalSets, current_scaling
+from .calibration import ConformalSets, _in_orientations, current_scaling
 from .core import GalaxyDataError, atomic_path
 from .data.fits import FitsReader, fits_columns
 from .data.images import PictureReader, bar, check_columns, read_images, read_table
 from .learner import load_astroformer_learner
 from .models.astroformer import Astroformer
-from .models.equivariance import D4Average
 from .models.inference import for_inference
 
 # %% ../nbs/33_predict.ipynb #bdbdb9cf
@@ -32,6 +31,7 @@ def check_output(
     with atomic_path(Path(path).with_suffix('.try')) as tmp: tmp.touch()
     Path(path).with_suffix('.try').unlink()
 
+# %% ../nbs/33_predict.ipynb #938a7602
 def write_table(
     df:pd.DataFrame, # The catalogue
     path, # A name that ends in `.parquet` or `.csv`
@@ -49,6 +49,7 @@ def _opener(learn, images, x):
     if not isinstance(own, FitsReader): raise GalaxyDataError('this network was trained on flux that came from no FITS files, so that it is not known how to open any; predict arrays with `learn.get_preds`.')
     return replace(own, folder=str(images), x=x or own.x)
 
+# %% ../nbs/33_predict.ipynb #af25522f
 def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
     if isinstance(reader, PictureReader): return read_images([reader.folder/str(f) for f in df[reader.x]], reader.size, progress)
     pixels, problems, rows = [None]*len(df), {}, df.astype(object)       # or a row of numbers would turn 12 into 12.0
@@ -56,6 +57,51 @@ def _open_rows(reader, df, progress): # Arrays, and `{position: problem}`
         try: pixels[i] = reader(rows.iloc[i])
         except GalaxyDataError as e: problems[i] = str(e)
     return pixels, problems
+
+# %% ../nbs/33_predict.ipynb #aa7013db
+_single = ('the calibration and the sets were fitted to galaxies in one orientation, and hold for a mean over eight only roughly; '
+           'calibrate with orientations=True.')
+_eightfold = ('the calibration and the sets were fitted to means over eight orientations, and hold for one only roughly; '
+              'predict with orientations=True, or calibrate again.')
+
+@contextmanager
+def _fast(learn, orientations=False):
+    "The learner with its network made ready for inference alone, where that is known to be the same network"
+    model, scaling = learn.model, current_scaling(learn)
+    if scaling is not None and scaling.record.get('orientations', False) != orientations:
+        warnings.warn(_single if orientations else _eightfold, stacklevel=3)
+    if isinstance(model, Astroformer): learn.model = for_inference(model)
+    try:
+        with _in_orientations(learn, orientations): yield
+    finally: learn.model = model
+
+# %% ../nbs/33_predict.ipynb #2d8e9243
+def _named_sets(sets, p, classes):
+    "Classes of each set, the likeliest first, with `; ` between; None where there are no probabilities"
+    listed = lambda row, held: '; '.join(classes[k] for k in np.argsort(-row, kind='stable') if held[k])
+    return [None if np.isnan(row).any() else listed(row, sets(row[None])[0]) for row in p]
+
+# %% ../nbs/33_predict.ipynb #1623132b
+def _sets(learn):
+    "The conformal sets that were kept with the calibration, if any were"
+    scaling = current_scaling(learn)
+    return ConformalSets.from_dict(scaling.sets) if scaling is not None and scaling.sets else None
+
+# %% ../nbs/33_predict.ipynb #bbcda92c
+def _predict_rows(learn, reader, df, progress):
+    classes = list(learn.dls.vocab)
+    pixels, problems = _open_rows(reader, df, progress)
+    p = np.full((len(df), len(classes)), np.nan)
+    good = [i for i in range(len(df)) if i not in problems]
+    if good:
+        with learn.no_bar(), learn.no_logging(): p[good] = learn.get_preds(dl=learn.dls.test_dl([pixels[i] for i in good]))[0].numpy()
+    best = [classes[p[i].argmax()] if i not in problems else None for i in range(len(df))]
+    cols = dict(predicted=best, confidence=p.max(1)) | {f'p_{c}': p[:, k] for k, c in enumerate(classes)}
+    if (sets := _sets(learn)) is not None: cols['set'] = _named_sets(sets, p, classes)
+    return pd.DataFrame(cols | dict(problem=[problems.get(i) for i in range(len(df))]))
+
+# %% ../nbs/33_predict.ipynb #127b8b51
+def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
 
 # %% ../nbs/33_predict.ipynb #0767cfd2
 def predict_catalog(
@@ -82,43 +128,3 @@ def predict_catalog(
     df = pd.concat([df.drop(columns=taken), added], axis=1)
     if out is not None: write_table(_short_digits(df, added) if Path(out).suffix == '.csv' else df, out)
     return df
-
-def _short_digits(df, added): return df.round({c: 6 for c in added.select_dtypes('number')})
-
-# %% ../nbs/33_predict.ipynb #aa7013db
-_one_orientation = ('the calibration and the sets were fitted to galaxies in one orientation, and hold for a mean over eight only roughly; '
-                    'to be sure, calibrate a learner whose network is a `D4Average`.')
-
-@contextmanager
-def _fast(learn, orientations=False):
-    "The learner with its network made ready for inference alone, where that is known to be the same network"
-    model = learn.model
-    if isinstance(model, Astroformer): learn.model = for_inference(model)
-    if orientations:
-        learn.model = D4Average(learn.model)
-        if current_scaling(learn) is not None: warnings.warn(_one_orientation, stacklevel=3)
-    try: yield
-    finally: learn.model = model
-
-# %% ../nbs/33_predict.ipynb #bbcda92c
-def _predict_rows(learn, reader, df, progress):
-    classes = list(learn.dls.vocab)
-    pixels, problems = _open_rows(reader, df, progress)
-    p = np.full((len(df), len(classes)), np.nan)
-    good = [i for i in range(len(df)) if i not in problems]
-    if good:
-        with learn.no_bar(), learn.no_logging(): p[good] = learn.get_preds(dl=learn.dls.test_dl([pixels[i] for i in good]))[0].numpy()
-    best = [classes[p[i].argmax()] if i not in problems else None for i in range(len(df))]
-    cols = dict(predicted=best, confidence=p.max(1)) | {f'p_{c}': p[:, k] for k, c in enumerate(classes)}
-    if (sets := _sets(learn)) is not None: cols['set'] = _named_sets(sets, p, classes)
-    return pd.DataFrame(cols | dict(problem=[problems.get(i) for i in range(len(df))]))
-
-def _sets(learn):
-    "The conformal sets that were kept with the calibration, if any were"
-    scaling = current_scaling(learn)
-    return ConformalSets.from_dict(scaling.sets) if scaling is not None and scaling.sets else None
-
-def _named_sets(sets, p, classes):
-    "Classes of each set, the likeliest first, with `; ` between; None where there are no probabilities"
-    listed = lambda row, held: '; '.join(classes[k] for k in np.argsort(-row, kind='stable') if held[k])
-    return [None if np.isnan(row).any() else listed(row, sets(row[None])[0]) for row in p]

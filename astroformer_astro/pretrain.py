@@ -35,6 +35,7 @@ class TwoViews(GalaxyTransform):
         twice.pxscale = None if (scale := getattr(x, 'pxscale', None)) is None else torch.cat([scale, scale])
         return twice
 
+# %% ../nbs/34_pretrain.ipynb #6831c942
 def sky_views(
     zoom:float=.25, # Largest relative change of size
     shift:float=.1, # Largest shift, as a fraction of half the side
@@ -43,6 +44,13 @@ def sky_views(
 )->list: # Transforms, for `pretraining_learner`
     "Views of pictures: orientation, zoom, centring, colour, sky and noise"
     return [GalaxyAugment(p=1., zoom=zoom, shift=shift), BandGain(mag), SkyLevel(sky), SkyNoise(sigma=sky)]
+
+# %% ../nbs/34_pretrain.ipynb #d6afea33
+def _lacking(z): return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+
+def _shared(z):
+    covariance = z.T.cov()
+    return (covariance**2).sum().sub((covariance.diagonal()**2).sum())/z.shape[1]
 
 # %% ../nbs/34_pretrain.ipynb #3f3b8971
 class VicregLoss(nn.Module):
@@ -59,12 +67,6 @@ class VicregLoss(nn.Module):
         views = pred.float().chunk(2)
         return self.alike*F.mse_loss(*views) + sum(self.varied*_lacking(z)/2 + self.distinct*_shared(z) for z in views)
 
-def _lacking(z): return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
-
-def _shared(z):
-    covariance = z.T.cov()
-    return (covariance**2).sum().sub((covariance.diagonal()**2).sum())/z.shape[1]
-
 # %% ../nbs/34_pretrain.ipynb #9c824708
 def mean_deviation(
     z, # Features, `N x D`
@@ -73,6 +75,7 @@ def mean_deviation(
     "Mean standard deviation of the features: 0 where all galaxies look the same to the network"
     return z.float().std(0).mean().item()
 
+# %% ../nbs/34_pretrain.ipynb #909b01f2
 def effective_rank(
     z, # Features, `N x D`
     y=None, # Not used; fastai gives it
@@ -103,6 +106,7 @@ def unlabelled(
     "Galaxies whose labels are forgotten, so that nothing of them can leak into pretraining"
     return replace(galaxies, catalog=galaxies.catalog.assign(label='galaxy'), classes=('galaxy',))
 
+# %% ../nbs/34_pretrain.ipynb #40545ae2
 def read_unlabelled(
     table, # A `DataFrame`, or the path of a table, of pictures; no column of classes is needed
     **reading, # As of `read_catalog`: `images`, `x`, `size`, `bad`, ...

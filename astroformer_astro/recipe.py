@@ -48,29 +48,18 @@ class Recipe:
     tune_lr:float = 0. # Largest rate of the head once the layers before it learn as well; 0 for half of `lr`
     unfreeze:str = 'at_once' # Then all layers `at_once`, `one_by_one`, or `never`
     freeze_norms:bool = False # Keep the statistics of BatchNorm as they came, and its weights as long as their layers are held still: for few images
+    base:str = dataclasses.field(default='', compare=False) # Key of `recipes` that it was made from; nothing for one of your own
 
     head_first = property(lambda self: bool(self.freeze_epochs or self.freeze_steps) or self.unfreeze == 'never', doc='Whether it begins with the head alone')
 
 # %% ../nbs/31_recipe.ipynb #953e9e4a
-recipes = dict(
+recipes = {name: replace(r, base=name) for name, r in dict(
     scratch_few=Recipe(),
     scratch_many=Recipe(warmup=.1, ema=.999, mixup=.2, drop_path=.2),
     finetune=Recipe(lr=4e-3, lr_mult=5, freeze_epochs=3, freeze_steps=100),
     finetune_few=Recipe(probe=.1, lr=5e-4, lr_mult=5, freeze_norms=True),
     linear_probe=Recipe(probe=.1, lr=0., freeze_epochs=1, unfreeze='never', freeze_norms=True, drop_path=0),
-    paper=Recipe(epochs=300, lr=5.66e-5, warmup=5/300, wd=2e-5, clip=0, accumulate=32, weight_power=0, drop_path=0, drop=.1, mixup=.8, augment='crop'))
-
-# %% ../nbs/31_recipe.ipynb #44ea93d2
-def recipe(
-    name='scratch_few', # A key of `recipes`, or a `Recipe`
-    **fields, # What to change
-)->Recipe:
-    "A recipe by name, with some fields changed; raises `GalaxyDataError` for a name, field or value that there is not"
-    if isinstance(name, str) and name not in recipes: raise GalaxyDataError(f"no recipe is called {name!r}; there are {', '.join(recipes)}.")
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    if unknown := [f for f in fields if f not in known]:
-        raise GalaxyDataError(f"a recipe has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
-    return _checked(replace(recipes[name] if isinstance(name, str) else name, **fields))
+    paper=Recipe(epochs=300, lr=5.66e-5, warmup=5/300, wd=2e-5, clip=0, accumulate=32, weight_power=0, drop_path=0, drop=.1, mixup=.8, augment='crop')).items()}
 
 # %% ../nbs/31_recipe.ipynb #0259e52e
 _words = dict(schedule=('one_cycle', 'flat_cos'), unfreeze=('at_once', 'one_by_one', 'never'))
@@ -85,6 +74,26 @@ def _checked(r):
         if f.name in _words: fits, what = (lambda v, f=f: v in _words[f.name]), ' or '.join(_words[f.name])
         if not fits(v) or isinstance(v, bool) and f.type is not bool: raise GalaxyDataError(f'{f.name} of a recipe is {v!r}; give {what}.')
     return r
+
+# %% ../nbs/31_recipe.ipynb #44ea93d2
+def recipe(
+    name='scratch_few', # A key of `recipes`, or a `Recipe`
+    **fields, # What to change
+)->Recipe:
+    "A recipe by name, with some fields changed; raises `GalaxyDataError` for a name, field or value that there is not"
+    if isinstance(name, str) and name not in recipes: raise GalaxyDataError(f"no recipe is called {name!r}; there are {', '.join(recipes)}.")
+    known = [f.name for f in dataclasses.fields(Recipe) if f.name != 'base']
+    if unknown := [f for f in fields if f not in known]:
+        raise GalaxyDataError(f"a recipe has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
+    return _checked(replace(recipes[name] if isinstance(name, str) else name, **fields))
+
+# %% ../nbs/31_recipe.ipynb #36b9bfe8
+def recipe_said(r):
+    "The name of a recipe and what was changed in it, or `own`"
+    if not r.base: return 'own'
+    known, now = (dataclasses.asdict(v) for v in (recipes[r.base], r))
+    changed = ', '.join(f'{k}={v}' for k, v in now.items() if v != known[k])
+    return r.base + f', with {changed}'*bool(changed)
 
 # %% ../nbs/31_recipe.ipynb #0940816c
 def name_and_fields(
@@ -120,6 +129,7 @@ class TrainingStage:
     lr_mult:float # Over that of the stem
     fit:dict # Further arguments of `fit_one_cycle`
 
+# %% ../nbs/31_recipe.ipynb #737cea43
 def training_stages(
     r:Recipe, # The recipe
     epochs:int, # Epochs of all layers
@@ -137,6 +147,12 @@ def training_stages(
         each = -(-alone//max(1, groups - 2))
         rest = [replace(rest[0], what=f'the last {groups - k} groups', frozen=k, epochs=each) for k in range(groups - 2, 0, -1)] + rest
     return [head] + rest
+
+# %% ../nbs/31_recipe.ipynb #5fa980a7
+def _smoothed(n, share, confusion):
+    others = torch.full((n, n), 1/n) if confusion is None else torch.as_tensor(confusion, dtype=torch.float32).clone()
+    if confusion is not None: others = F.normalize(others.fill_diagonal_(0) + 1e-12, p=1, dim=1)
+    return (1 - share)*torch.eye(n) + share*others
 
 # %% ../nbs/31_recipe.ipynb #de6033c5
 class GalaxyLoss(nn.Module):
@@ -165,11 +181,6 @@ class GalaxyLoss(nn.Module):
 
     def activation(self, pred): return pred.softmax(1)
     def decodes(self, pred): return pred.argmax(1)
-
-def _smoothed(n, share, confusion):
-    others = torch.full((n, n), 1/n) if confusion is None else torch.as_tensor(confusion, dtype=torch.float32).clone()
-    if confusion is not None: others = F.normalize(others.fill_diagonal_(0) + 1e-12, p=1, dim=1)
-    return (1 - share)*torch.eye(n) + share*others
 
 # %% ../nbs/31_recipe.ipynb #b0011a00
 class RunningMean(Callback):

@@ -16,15 +16,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from .calibration import (ConformalSets, Scaling, _folds, calibration_test, coverage_table, current_scaling,
+from .calibration import (ConformalSets, Scaling, _folds, _outputs, calibration_test, coverage_table, current_scaling,
                                            fit_conformal, fit_scaling, plot_reliability)
 from .core import GalaxyDataError, _runs, atomic_path, device_name, require
 from .data.sky import _arcsec_said, cite_split, save_split
-from .metrics import class_table, plot_confused, score_table
+from .metrics import class_table, plot_confused, score_table, summary_metrics
 from .models.astroformer import Astroformer
 from .models.checkpoint import save_astroformer
 from .picture import to_png
+from .recipe import recipe_said
 from .report import counted, plot_class_table, plot_curves, readable_coverage, readable_table
+from .survive import _galaxies_a_step
 from torch import distributed as dist
 
 # %% ../nbs/56_record.ipynb #cc5b78a6
@@ -35,6 +37,29 @@ def write_json(path, content):
 def _plain(o):
     if is_dataclass(o): return asdict(o)
     return o.tolist() if hasattr(o, 'tolist') else str(o)
+
+# %% ../nbs/56_record.ipynb #746ba3a7
+def _listed(folder):
+    try: return json.loads((folder/'files.json').read_text())['sha256']
+    except (OSError, ValueError, KeyError, TypeError): return {}
+
+def _now(): return datetime.now().astimezone().isoformat(' ', 'minutes')
+
+# %% ../nbs/56_record.ipynb #53acdf59
+def _take_place(new, folder):
+    "Remove the files of the run that `files.json` lists, move those of the new one, and list them"
+    listed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(new.iterdir())}
+    old, manifest = _listed(folder), folder/'files.json'
+    manifest.unlink(missing_ok=True)
+    for name in old: (folder/Path(name).name).unlink(missing_ok=True)
+    for name in listed: os.replace(new/name, folder/name)
+    write_json(manifest, dict(made=_now(), sha256=listed))
+
+# %% ../nbs/56_record.ipynb #0a7cbf27
+def _left_behind(folder): # By processes of this machine that were killed
+    ours = f'.unfinished-{platform.node()}-'
+    gone = lambda pid: pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid)))
+    return [p for p in folder.glob('.unfinished-*') if gone(p.name.removeprefix(ours))]
 
 # %% ../nbs/56_record.ipynb #9b3a7e54
 @contextmanager
@@ -53,26 +78,12 @@ def run_folder(
         _take_place(new, folder)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-def _left_behind(folder): # By processes of this machine that were killed
-    ours = f'.unfinished-{platform.node()}-'
-    gone = lambda pid: pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid)))
-    return [p for p in folder.glob('.unfinished-*') if gone(p.name.removeprefix(ours))]
+# %% ../nbs/56_record.ipynb #57b1688a
+def _loss_settings(loss):
+    settings = {k: getattr(loss, k) for k in ('label_smoothing', 'focal', 'weight') if hasattr(loss, k)}
+    return dict(kind=type(loss).__name__) | settings
 
-# %% ../nbs/56_record.ipynb #53acdf59
-def _take_place(new, folder):
-    "Remove the files of the run that `files.json` lists, move those of the new one, and list them"
-    listed = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(new.iterdir())}
-    old, manifest = _listed(folder), folder/'files.json'
-    manifest.unlink(missing_ok=True)
-    for name in old: (folder/Path(name).name).unlink(missing_ok=True)
-    for name in listed: os.replace(new/name, folder/name)
-    write_json(manifest, dict(made=_now(), sha256=listed))
-
-def _listed(folder):
-    try: return json.loads((folder/'files.json').read_text())['sha256']
-    except (OSError, ValueError, KeyError, TypeError): return {}
-
-def _now(): return datetime.now().astimezone().isoformat(' ', 'minutes')
+def _said(o): return getattr(o, '__name__', None) or ' '.join(str(o).split())
 
 # %% ../nbs/56_record.ipynb #ae2299e8
 def run_config(
@@ -84,14 +95,22 @@ def run_config(
     if isinstance(model, Astroformer): network['cfg'] = asdict(model.cfg)
     recipe = learn.recipe if hasattr(learn, 'recipe') else None
     return dict(network=network, recipe=recipe and asdict(recipe), loss=_loss_settings(loss), optimiser=_said(learn.opt_func),
-                batch=dls.train.bs, precision=getattr(learn, 'precision', 'full'), compiled=getattr(learn, 'compiled', False),
+                batch=dls.train.bs, galaxies_a_step=_galaxies_a_step(learn),
+                precision=getattr(learn, 'precision', 'full'), compiled=getattr(learn, 'compiled', False),
                 augmentation=[_said(t) for t in dls.train.after_batch.fs], callbacks=[cb.name for cb in learn.cbs])
 
-def _loss_settings(loss):
-    settings = {k: getattr(loss, k) for k in ('label_smoothing', 'focal', 'weight') if hasattr(loss, k)}
-    return dict(kind=type(loss).__name__) | settings
+# %% ../nbs/56_record.ipynb #9b24fa3b
+def batches_said(learn):
+    "How many galaxies went through the network at a time, and how many made a step, in the end"
+    bs, step = learn.dls.train.bs, _galaxies_a_step(learn)
+    return f"{counted(bs, 'galaxy', 'galaxies')} at a time" + f', {step} a step of the optimiser'*(step != bs)
 
-def _said(o): return getattr(o, '__name__', None) or ' '.join(str(o).split())
+# %% ../nbs/56_record.ipynb #d75f0c2c
+_packages = 'astroformer_astro', 'torch', 'torchvision', 'fastai', 'timm', 'captum', 'accelerate', 'numpy', 'scipy', 'astropy'
+
+def _version(package):
+    try: return version(package)
+    except PackageNotFoundError: return None
 
 # %% ../nbs/56_record.ipynb #d220c8bf
 def run_environment(
@@ -102,12 +121,6 @@ def run_environment(
     together = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return dict(python=platform.python_version(), packages=packages, platform=platform.platform(), device=device_name(device),
                 threads=torch.get_num_threads(), processes=together)
-
-_packages = 'astroformer_astro', 'torch', 'torchvision', 'fastai', 'timm', 'captum', 'accelerate', 'numpy', 'scipy', 'astropy'
-
-def _version(package):
-    try: return version(package)
-    except PackageNotFoundError: return None
 
 # %% ../nbs/56_record.ipynb #ad42e568
 def data_fingerprint(
@@ -129,6 +142,12 @@ def write_split(path, dls, **notes):
     if dls.groups is not None: notes['separation'] = _arcsec_said(dls.separation)
     try: return save_split(path, dls.catalog, parts, **notes)
     except GalaxyDataError: return save_split(path, dls.catalog.assign(place=range(len(dls.catalog))), parts, id_column='place', **notes)
+
+# %% ../nbs/56_record.ipynb #896d4df8
+def summary(y, p):
+    "`summary_metrics`, with the bootstrap's interval of the accuracy as in `score_table`"
+    low, high = score_table(y, p, ['accuracy']).loc['accuracy', ['bootstrap_95_low', 'bootstrap_95_high']]
+    return summary_metrics(y, p) | dict(accuracy_95=[low, high], intervals='stratified bootstrap')
 
 # %% ../nbs/56_record.ipynb #478738aa
 @dataclass
@@ -156,20 +175,7 @@ class HeldOut:
     @cached_property
     def test(self): return calibration_test(self.y, self.p)
 
-# %% ../nbs/56_record.ipynb #ab2fc81b
-def held_out(
-    learn, # A trained `Learner`, calibrated or not
-)->HeldOut:
-    "Predictions for the validation galaxies; the calibration is fitted anew for every fold, so that it is not judged by what it was fitted to"
-    scaling, dls = current_scaling(learn), learn.dls
-    with learn.no_bar(), learn.no_logging(): x, y = learn.get_preds(act=lambda x: x)
-    x, y = x.double().numpy(), y.numpy()
-    before = _softmax(x)
-    if scaling is None: return HeldOut(y, before, list(dls.vocab))
-    groups = None if getattr(dls, 'groups', None) is None else np.asarray(dls.groups)[list(dls.valid_ds.items)]
-    p, sets = _cross_fitted(x, y, scaling, _folds(y, groups, 5, 0))
-    return HeldOut(y, p, list(dls.vocab), before, sets, scaling)
-
+# %% ../nbs/56_record.ipynb #ec45ef5f
 def _softmax(x, scaling=Scaling()): return scaling(torch.from_numpy(x)).numpy()
 
 # %% ../nbs/56_record.ipynb #73342ca5
@@ -187,11 +193,35 @@ def _cross_fitted(x, y, scaling, fold):
             sets[here] = fit_conformal(_softmax(x[others], fitted), y[others], settings.coverage, settings.method, by_class)(p[here])
     return p, sets
 
+# %% ../nbs/56_record.ipynb #ab2fc81b
+def held_out(
+    learn, # A trained `Learner`, calibrated or not
+)->HeldOut:
+    "Predictions for the validation galaxies; the calibration is fitted anew for every fold, so that it is not judged by what it was fitted to"
+    scaling, dls = current_scaling(learn), learn.dls
+    x, y = _outputs(learn, None, scaling is not None and scaling.record.get('orientations', False))
+    before = _softmax(x)
+    if scaling is None: return HeldOut(y, before, list(dls.vocab))
+    groups = None if getattr(dls, 'groups', None) is None else np.asarray(dls.groups)[list(dls.valid_ds.items)]
+    p, sets = _cross_fitted(x, y, scaling, _folds(y, groups, 5, 0))
+    return HeldOut(y, p, list(dls.vocab), before, sets, scaling)
+
 # %% ../nbs/56_record.ipynb #355ffca1
 def curve_table(learn):
     "A row an epoch: `training_loss`, `held_out_loss` and the metrics"
     curves = learn.curves
     return pd.DataFrame(curves.values, columns=['training_loss', 'held_out_loss', *curves.names], index=pd.RangeIndex(1, len(curves.values) + 1, name='epoch'))
+
+# %% ../nbs/56_record.ipynb #a1edf121
+def _wandb_callback():
+    from fastai.callback.wandb import WandbCallback
+    class Told(WandbCallback):
+        name = 'wandb'
+        def before_fit(self):
+            self.learn.gather_args = dict         # fastai's own list of settings fails with numbers in it (fastcore 2); W&B was told ours
+            try: super().before_fit()
+            finally: del self.learn.gather_args
+    return Told(log_preds=False)
 
 # %% ../nbs/56_record.ipynb #0e0cbac4
 logs = 'tensorboard', 'wandb'
@@ -216,16 +246,6 @@ def run_loggers(
         return [_wandb_callback()]
     return []
 
-def _wandb_callback():
-    from fastai.callback.wandb import WandbCallback
-    class Told(WandbCallback):
-        name = 'wandb'
-        def before_fit(self):
-            self.learn.gather_args = dict         # fastai's own list of settings fails with numbers in it (fastcore 2); W&B was told ours
-            try: super().before_fit()
-            finally: del self.learn.gather_args
-    return Told(log_preds=False)
-
 # %% ../nbs/56_record.ipynb #3ee3cc15
 def _markdown(table, digits=3):
     "A `DataFrame` as a table in Markdown"
@@ -236,6 +256,7 @@ def _markdown(table, digits=3):
     rows += [[name, *row] for name, row in zip(table.index, table.astype(object).to_numpy().tolist())]
     return '\n'.join('| ' + ' | '.join(told(v).replace('|', '\\|') for v in r) + ' |' for r in rows)
 
+# %% ../nbs/56_record.ipynb #39549f5e
 def with_intervals(t): # Of `HeldOut.scores`, as text
     def told(end=''):
         columns = [f'{c}{end}' for c in ('value', 'bootstrap_95_low', 'bootstrap_95_high')]
@@ -272,6 +293,7 @@ def _card_galaxies(learn, split):
     cited = f"The split, to be cited: {cite_split(split).removeprefix('split: ')} (`split.ecsv`; `load_split` reads it)."
     return f"{counted(len(dls.catalog), 'galaxy', 'galaxies')} of `{dls.source}`, cut-outs of {dls.size} px.{votes} {sky}\n\n{counts}\n\n{cited}"
 
+# %% ../nbs/56_record.ipynb #99162b88
 def _card_limits(found):
     few = [f'{c} ({n})' for c, n in found.table.n.items() if n < 30]
     return '\n'.join(f'- {s}' for s in (
@@ -281,6 +303,9 @@ def _card_limits(found):
         'The scores say how often it agrees with the labels, and these may be wrong; the intervals know of the number of galaxies alone.',
         *([f"Few galaxies were held out of {', '.join(few)}: their scores are rough."] if few else []),
         'Counts of predicted classes are not the classes of a population; correct them by completeness and purity.'))
+
+# %% ../nbs/56_record.ipynb #a30b3e8b
+def fields_said(settings): return ', '.join(f'{k} {v}' for k, v in asdict(settings).items() if v not in ('', 0, False) and k != 'base')
 
 # %% ../nbs/56_record.ipynb #cecaefa9
 _use = '''```python
@@ -292,13 +317,14 @@ predict_catalog(learn, 'new.csv', out='morphology.parquet')       # a table with
 In the shell: `astroformer predict galaxies.safetensors new.csv morphology.parquet`.'''
 _elsewhere = 'The weights are not here: this network is none of this package. Keep it with `learn.export`.'
 
+# %% ../nbs/56_record.ipynb #b8254229
 def _card(learn, found, title, split, notes, why):
     "The card as Markdown"
-    recipe = {'recipe': fields_said(learn.recipe)} if hasattr(learn, 'recipe') else {}
-    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(made=_now())).items()]
+    recipe = {'recipe': f'{recipe_said(learn.recipe)} ({fields_said(learn.recipe)})'} if hasattr(learn, 'recipe') else {}
+    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(batches=batches_said(learn), made=_now())).items()]
     made.append('- versions and machine are in `environment.json`, every setting is in `config.json`')
-    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with bootstrap 95 % intervals; "
-              'those of the calibration errors, ECE, lean upwards.',
+    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with 95 % intervals: of the scores by a stratified bootstrap, "
+              "where those of the calibration errors, ECE, lean upwards; of completeness and purity by Wilson's formula.",
               _markdown(with_intervals(found.scores)), _markdown(readable_table(found.table)), '![confusion](confusion.png)']
     sure = [calibration_said(found, why)]
     if found.sets is not None: sure.append(_markdown(readable_coverage(found.coverage)))
@@ -309,8 +335,6 @@ def _card(learn, found, title, split, notes, why):
              'How to load it': _use if isinstance(learn.model, Astroformer) else _elsewhere, 'How it was made': '\n'.join(made)}
     return f'# {title}\n\n' + '\n\n'.join(f'## {k}\n\n{v}' for k, v in parts.items()) + '\n'
 
-def fields_said(settings): return ', '.join(f'{k} {v}' for k, v in asdict(settings).items() if v not in ('', 0, False))
-
 # %% ../nbs/56_record.ipynb #f3ec14c1
 class Pictures:
     "Pictures of the held-out galaxies, made when they are asked for"
@@ -318,18 +342,20 @@ class Pictures:
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.galaxies.picture(self.rows[i])
 
-def _figures(learn, found, frozen):
-    yield 'confusion', plot_confused(found.y, found.p, found.classes, Pictures(learn.dls))
-    yield 'classes', plot_class_table(found.table)
-    if learn.curves.values: yield 'curves', plot_curves(learn.curves.values, learn.curves.names, frozen)
-    if found.before is not None: yield 'reliability', plot_reliability(found.y, {'before calibration': found.before, 'after': found.p})
-
+# %% ../nbs/56_record.ipynb #06bad89a
 def _predictions(learn, found):
     "The held-out galaxies and what was said about them"
     rows, names = list(learn.dls.valid_ds.items), np.array(found.classes, object)
     said = dict(predicted=names[found.p.argmax(1)], confidence=found.p.max(1)) | {f'p_{c}': found.p[:, k] for k, c in enumerate(names)}
     if found.sets is not None: said['set'] = ['; '.join(names[np.argsort(-p)][s[np.argsort(-p)]]) for p, s in zip(found.p, found.sets)]
     return learn.dls.catalog.iloc[rows].assign(row=rows, **said).round({c: 6 for c in said if c[:2] in ('co', 'p_')})
+
+# %% ../nbs/56_record.ipynb #9d1118d7
+def _figures(learn, found, frozen):
+    yield 'confusion', plot_confused(found.y, found.p, found.classes, Pictures(learn.dls))
+    yield 'classes', plot_class_table(found.table)
+    if learn.curves.values: yield 'curves', plot_curves(learn.curves.values, learn.curves.names, frozen)
+    if found.before is not None: yield 'reliability', plot_reliability(found.y, {'before calibration': found.before, 'after': found.p})
 
 # %% ../nbs/56_record.ipynb #70e7b4c1
 def write_record(learn, folder, found, title, frozen=0, notes=None, why='', split=None, **card):

@@ -98,6 +98,11 @@ def plot_class_table(
     fig.set_label('Completeness and purity of each class with 95 % intervals')
     return fig
 
+# %% ../nbs/55_report.ipynb #445e860c
+def _between(table, name): # Values with intervals, as text
+    rows = table[[name, f'{name}_95_low', f'{name}_95_high']].to_numpy(float)
+    return ['–' if np.isnan(v) else f'{v:.2f} ({low:.2f} to {high:.2f})' for v, low, high in rows]
+
 # %% ../nbs/55_report.ipynb #893c6486
 def readable_table(
     table:pd.DataFrame, # As from `class_table`
@@ -105,10 +110,6 @@ def readable_table(
     "Galaxies, completeness and purity of each class, with the 95 % intervals in brackets"
     text = {'galaxies': [f'{n:,}' for n in table.n]} | {f'{name} (95 % interval)': _between(table, name) for name in ('completeness', 'purity')}
     return pd.DataFrame(text, index=table.index)
-
-def _between(table, name): # Values with intervals, as text
-    rows = table[[name, f'{name}_95_low', f'{name}_95_high']].to_numpy(float)
-    return ['–' if np.isnan(v) else f'{v:.2f} ({low:.2f} to {high:.2f})' for v, low, high in rows]
 
 # %% ../nbs/55_report.ipynb #b7ff3422
 def readable_coverage(
@@ -119,7 +120,7 @@ def readable_coverage(
             'classes in a set, mean': [f'{v:.2f}' for v in table.mean_size], 'empty sets': [f'{n:,}' for n in table.empty_sets]}
     return pd.DataFrame(text, index=table.index)
 
-# %% ../nbs/55_report.ipynb #265c3667
+# %% ../nbs/55_report.ipynb #5d0abad7
 _style = '''body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%;display:block;margin:.5rem 0}h1,h2{font-weight:600}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #eee}th:first-child,td:first-child{text-align:left}
@@ -131,6 +132,7 @@ def _part(part):
     if isinstance(part, dict): return '<table class="facts">' + ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>' for k, v in part.items()) + '</table>'
     return f'<p>{html.escape(part)}</p>'
 
+# %% ../nbs/55_report.ipynb #265c3667
 def write_report(
     path, # Where to write, e.g. `report.html`
     title:str, # Heading of the page

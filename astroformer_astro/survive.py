@@ -77,6 +77,23 @@ def _set_gradients(learn, grads):
 def _load_optimiser(opt, state, device):
     opt.load_state_dict(state if isinstance(opt, OptimWrapper) else to_device(_plain(state), device))
 
+# %% ../nbs/31_survive.ipynb #671b7633
+def _set_curve(recorder, count, val):
+    recorder.smooth_loss.count, recorder.smooth_loss.val = count, val.clone()
+    recorder.losses = [torch.tensor(v) for v in recorder.losses]
+
+# %% ../nbs/31_survive.ipynb #a22c8ff9
+def _accumulate(learn, bs):
+    "Batches of `bs`, with steps of as many galaxies as before"
+    if not learn._grab_cbs(GradientAccumulation):
+        learn.add_cb(GradientAccumulation(learn.dls.train.bs))
+        learn.gradient_accumulation.count = 0
+    learn.dls.train.bs = bs
+
+# %% ../nbs/31_survive.ipynb #fe31714a
+def _galaxies_a_step(learn):
+    return next((cb.n_acc for cb in learn._grab_cbs(GradientAccumulation)), learn.dls.train.bs)
+
 # %% ../nbs/31_survive.ipynb #fc47a214
 def training_state(
     learn, # A `Learner` between two epochs or two batches of a fit
@@ -104,23 +121,6 @@ def restore_training(
     if 'scaler' in state and vars(learn).get('scaler'): learn.scaler.load_state_dict(state['scaler'])
     _set_generators(learn.dls, state['generators'])
 
-# %% ../nbs/31_survive.ipynb #671b7633
-def _set_curve(recorder, count, val):
-    recorder.smooth_loss.count, recorder.smooth_loss.val = count, val.clone()
-    recorder.losses = [torch.tensor(v) for v in recorder.losses]
-
-# %% ../nbs/31_survive.ipynb #a22c8ff9
-def _accumulate(learn, bs):
-    "Batches of `bs`, with steps of as many galaxies as before"
-    if not learn._grab_cbs(GradientAccumulation):
-        learn.add_cb(GradientAccumulation(learn.dls.train.bs))
-        learn.gradient_accumulation.count = 0
-    learn.dls.train.bs = bs
-
-# %% ../nbs/31_survive.ipynb #fe31714a
-def _galaxies_a_step(learn):
-    return next((cb.n_acc for cb in learn._grab_cbs(GradientAccumulation)), learn.dls.train.bs)
-
 # %% ../nbs/31_survive.ipynb #b26a00a0
 def _identity(learn):
     "What makes this fit the one that it is, as lines"
@@ -132,8 +132,10 @@ def _identity(learn):
     passing = re.compile(r" at 0x\w+|, device='[^']*'")             # what differs between two processes, and means nothing
     return {k: [passing.sub('', str(line)).strip() for line in v] for k, v in lines.items()}
 
-def _recipe_said(learn): return [f'{k} {v!r}' for k, v in vars(learn.recipe).items()] if hasattr(learn, 'recipe') else []
+# %% ../nbs/31_survive.ipynb #401d6073
+def _recipe_said(learn): return [f'{k} {v!r}' for k, v in vars(learn.recipe).items() if k != 'base'] if hasattr(learn, 'recipe') else []
 
+# %% ../nbs/31_survive.ipynb #d8125b1a
 def _loss_said(loss):
     inner = getattr(loss, 'func', loss)                # fastai wraps PyTorch's losses
     if not isinstance(inner, nn.Module): return [loss]
@@ -216,18 +218,21 @@ class Checkpoint(_Plainly):
     def before_validate(self):
         if self.stop == 'kept': self._interrupt()
 
-    def before_epoch(self):
-        self.learn.epoch += self.skipped
-        if self.epoch < self.n_epoch: return
-        self.learn.epoch = self.n_epoch - 1
-        raise CancelFitException()
+# %% ../nbs/31_survive.ipynb #f26e881a
+@patch
+def before_epoch(self:Checkpoint):
+    self.learn.epoch += self.skipped
+    if self.epoch < self.n_epoch: return
+    self.learn.epoch = self.n_epoch - 1
+    raise CancelFitException()
 
-    def after_fit(self):
-        if self.first: return                          # of a validation
-        if self.running: self._save(self.epoch + 1, ended=True)
-        self.running, self.skipped = False, 0
-        self._listen(False)
-        if self.stop: self._interrupt()
+@patch
+def after_fit(self:Checkpoint):
+    if self.first: return                          # of a validation
+    if self.running: self._save(self.epoch + 1, ended=True)
+    self.running, self.skipped = False, 0
+    self._listen(False)
+    if self.stop: self._interrupt()
 
 # %% ../nbs/31_survive.ipynb #e72aa38e
 @patch
@@ -280,6 +285,7 @@ def _place(learn, beginning):
     start = next((cb.start for cb in learn.cbs if cb.name == 'memory_guard'), None)
     return _plain(dict(batches=learn.iter, pct_train=learn.pct_train, batch=[*learn.xb, *learn.yb], generators=beginning, start=start))
 
+# %% ../nbs/31_survive.ipynb #7a70e711
 @patch
 def _pass_over(self:Checkpoint, learn, i, batch):
     "Leave out the batches that were learnt before Ctrl-C, in place of `Learner.one_batch`"
@@ -307,6 +313,7 @@ def _listen(self:Checkpoint, on):
     if usual == self._ctrl_c: usual = signal.signal(signal.SIGINT, self.usual) and self.usual
     if on: self.usual = usual or signal.default_int_handler; signal.signal(signal.SIGINT, self._ctrl_c)
 
+# %% ../nbs/31_survive.ipynb #0e09c520
 @patch
 def _ctrl_c(self:Checkpoint, number=None, frame=None):
     if os.getpid() != self.process: return             # a worker that loads, which the terminal tells too

@@ -137,6 +137,6 @@ def test_nothing_is_left_behind(refused, tmp_path):
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, tmp_path, capsys):
     def stopped(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('astroformer_astro.cli.run_job', stopped)
+    monkeypatch.setattr('astroformer_astro.job.run_job', stopped)
     assert main(['train', '--out', str(tmp_path)]) == 130
     assert 'stopped. The same words with --resume' in capsys.readouterr().err

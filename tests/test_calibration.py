@@ -257,7 +257,7 @@ def test_any_loss_can_be_calibrated_and_still_trains_the_same(loss, kind):
     s = calibrate(learn, kind)
     assert torch.allclose(preds(learn)[0], (x*torch.tensor(s.scale) + torch.tensor(s.shift)).softmax(1), atol=1e-5)
     assert learn.loss_func(x, y) == before and current_scaling(learn) is s
-    assert set(s.record) == {'n', 'folds', 'ece_expected_95', 'p_value'} | {f'{k}_{when}' for k in ('ece', 'nll', 'accuracy', 'balanced_accuracy') for when in ('before', 'after')}
+    assert set(s.record) == {'n', 'folds', 'orientations', 'ece_expected_95', 'p_value'} | {f'{k}_{when}' for k in ('ece', 'nll', 'accuracy', 'balanced_accuracy') for when in ('before', 'after')}
     use_scaling(learn, None)
     assert current_scaling(learn) is None
 

@@ -5,10 +5,11 @@ import numpy as np, pandas as pd, pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 from hypothesis import given, settings, strategies as st
+from torch.nn import Linear
 from astroformer_astro.core import GalaxyDataError
 from astroformer_astro.data.fits import read_fits_catalog
 from astroformer_astro.interpret.attribution import Attribution
-from astroformer_astro.interpret.measure import (aligned_map, attribution_table, azimuthal_profile, cutout_wcs, map_measures, measured_maps, picture_wcs, radial_profile, read_map,
+from astroformer_astro.interpret.measure import (aligned_map, attribution_table, azimuthal_profile, cutout_wcs, map_measures, map_origin, measured_maps, picture_wcs, radial_profile, read_map,
                                                  stack_maps, write_map)
 from astroformer_astro.interpret.shape import GalaxyShape
 
@@ -113,6 +114,18 @@ def test_the_fits_map_lies_on_the_sky(tmp_path):
     assert (dec - 2)*3600 == pytest.approx(2.5*.5, rel=1e-3) and (ra - 150)*3600*np.cos(np.radians(2)) == pytest.approx(-3.5*.5, rel=1e-3)
 
 
+def test_the_header_names_galaxy_bands_and_weights(tmp_path):
+    "A card a plane in the order of the planes, one for the sum; nothing where nothing is known; and the file reads as before"
+    a = explained()
+    b = read_map(write_map(a, tmp_path/'a.fits', None, 'NGC 1300\t(arm)', ('g', 'r', 'z'), 'deadbeef'))
+    assert (b.values == a.values).all() and b.against == a.against
+    with fits.open(tmp_path/'a.fits') as hdus:
+        hdus.verify('exception')
+        assert [hdus[0].header[k] for k in ('OBJECT', 'BAND1', 'WEIGHTS')] == ['NGC 1300\\t(arm)', 'g+r+z', 'deadbeef']
+        assert {h.name: [h.header.get(f'BAND{i}') for i in (1, 2, 3)] for h in hdus[1:]} == dict(IMAGE=[None]*3, VALUES=['g', 'r', 'z'], REFERENCE=['g', 'r', 'z'])
+    with fits.open(write_map(a, tmp_path/'b.fits')) as hdus: assert not {'OBJECT', 'BAND1', 'WEIGHTS'} & set(hdus[0].header)
+
+
 def test_files_that_are_no_maps(tmp_path):
     with pytest.raises(GalaxyDataError, match="ends in '.png'; a map is written as .fits or .npz"): write_map(explained(), tmp_path/'a.png')
     np.savez(tmp_path/'b.npz', x=1); (tmp_path/'c.fits').write_text('no')
@@ -154,7 +167,9 @@ def test_a_map_of_a_fits_cut_out_lies_where_its_galaxy_lies(tmp_path, angle, han
     learn = SimpleNamespace(dls=SimpleNamespace(galaxies=galaxies, catalog=galaxies.catalog))
     pixels = np.moveaxis(galaxies.images[1], -1, 0)
     a = Attribution(np.zeros((40, 40, 3), np.float32), {'a': 1.}, None, values=pixels, target='a', method='saliency', baseline=None, delta=None)
-    with fits.open(write_map(a, tmp_path/'map.fits', cutout_wcs(learn, 1))) as hdus:
+    learn.model = Linear(1, 1)
+    with fits.open(write_map(a, tmp_path/'map.fits', **map_origin(learn, 1))) as hdus:
+        assert hdus[0].header['OBJECT'] == '1.fits'
         y, x = np.unravel_index(hdus[0].data.argmax(), (40, 40))
         there, star = WCS(hdus[0].header).pixel_to_world(x, y), wcs.pixel_to_world(10, 25)
     assert there.separation(star).arcsec < .1

@@ -1,12 +1,12 @@
 "What a checkpoint has to tell apart, and what it has to bring back"
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 
 from astroformer_astro.core import GalaxyDataError, seed_everything
 from astroformer_astro.data.block import GalaxyDataLoaders
 from astroformer_astro.data.images import GalaxySet
 from astroformer_astro.learner import astroformer_learner
-from astroformer_astro.record import curve_table
+from astroformer_astro.record import batches_said, curve_table, run_config
 from astroformer_astro.survive import survive
 from astroformer_astro.synth import synth_arrays
 
@@ -37,3 +37,25 @@ def test_a_training_goes_on_by_its_own_recipe_alone(tmp_path, other):
     with pytest.raises(KeyboardInterrupt): trained(tmp_path, [Interrupt()], **own)
     with pytest.raises(GalaxyDataError, match='of another training'): trained(tmp_path, resume=True, **own | other)
     trained(tmp_path, resume=True, **own)
+
+
+class Tight(Callback):
+    "Memory for four galaxies at a time; and an end in the second epoch"
+    def before_batch(self):
+        if self.training and len(self.x) > 4: raise torch.OutOfMemoryError('CUDA out of memory.')
+        if self.epoch == 1: raise KeyboardInterrupt
+
+
+def test_batches_that_were_halved_stay_so_and_are_said(tmp_path):
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path, [Tight()])
+    learn = trained(tmp_path, resume=True)
+    assert batches_said(learn) == '4 galaxies at a time, 8 a step of the optimiser'
+    config = run_config(learn)
+    assert (config['batch'], config['galaxies_a_step']) == (4, 8)
+    assert batches_said(trained(tmp_path/'roomy')) == '8 galaxies at a time'
+
+
+def test_a_training_of_before_recipes_had_names_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path, [Interrupt()])
+    state = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert not any('base' in line for run in state['runs'] for line in run['recipe'])

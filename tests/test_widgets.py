@@ -3,6 +3,7 @@ import base64, os, signal, subprocess, sys, threading, time
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, psutil, pytest, timm, torch
+from astropy.io import fits
 from matplotlib import pyplot as plt
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -241,10 +242,16 @@ def test_every_wrong_choice_is_said_and_mended(state, choice, found):
     (name, value), = choice.items()
     before = getattr(state, name)
     setattr(state, name, value)
-    said = state.error or state.answer.problems['attention']
-    assert found in said and 'Error' not in said
+    assert found in state.error and 'Error' not in state.error
     setattr(state, name, before)
     assert state.error == '' and None not in (state.prediction, state.attribution, state.attention)
+
+
+def test_what_both_pictures_lack_is_said_once(state):
+    state.beside, state.target = 'occlusion', 'x'
+    assert state.error.count("no class 'x'") == 1
+    state.head = 7
+    assert state.error.count("no class 'x'") == 1 and 'no head 7' in state.error
 
 
 def test_grad_cam_of_a_stage_that_does_not_exist(state):
@@ -346,6 +353,9 @@ def test_export_and_its_errors_are_said(learn, tmp_path, monkeypatch):
     v = parts(explorer.widget)
     for v.export[1].value in ('png', 'npz', 'fits'): v.export[0].click()
     v.export[0].click()                                     # what is there already is not written over
+    with fits.open(next(tmp_path.glob('*.fits'))) as hdus:
+        assert hdus[0].header['OBJECT'] == 'G0' and 'BAND1' not in hdus[0].header, 'of a picture the bands are not known'
+        assert hdus[0].header['WEIGHTS'] == f'{explorer.state.mark[2]:08x}' and hdus[0].header['CRVAL1'] == 0
     name = f"galaxy_0_saliency_for_{explorer.state.attribution.target.replace(' ', '-')}"
     assert {p.name for p in tmp_path.iterdir()} == {f'{name}.{e}' for e in ('fits', 'npz', 'png')} | {f'{name}_2.fits'} and str(tmp_path) in v.line.value
     explorer.state.next()
@@ -449,14 +459,25 @@ def test_five_hundred_changes_leave_no_figure_and_little_memory(learn):
 
 # --- augmentations and labels
 
+def names(preview): return [ax.get_title().split('\n')[0] for ax in preview.figure().axes]
+
+
+def test_where_nothing_is_set_the_static_picture_shows_each_augmentation(learn):
+    before, *each = [np.asarray(ax.images[0].get_array()) for ax in AugmentPreview(learn).figure().axes]
+    assert len(each) == 7 and all(np.abs(image - before).max() > .05 for image in each)
+
+
 def test_augment_preview_of_flux_and_without_a_scale(tmp_path):
     dls = GalaxyDataLoaders.from_fits(synth_fits(tmp_path, n=80, size=32, seed=0, survey='c'), size=32, progress=False)
     preview = AugmentPreview(dls, strengths={'Seeing.fwhm': 2., 'SkyNoise.sigma': 1., 'Cutout.side': .3})
     assert preview.state.error == '' and preview.state.after.shape == (6, 32, 32, 3) and preview.state.after.std() > 0
     assert preview.state.most('SkyNoise.sigma') < 1, 'in the unit of the flux'
+    assert names(AugmentPreview(dls)) == ['before', 'GalaxyAugment', 'Seeing', 'BandGain', 'SkyLevel', 'SkyNoise', 'BandDropout', 'Cutout']
     plain = galaxies()
     plain.catalog = plain.catalog.drop(columns='pxscale')
-    view = AugmentPreview(GalaxyDataLoaders.from_galaxies(plain, bs=8), strengths={'Seeing.fwhm': 2.}).widget
+    scaleless = GalaxyDataLoaders.from_galaxies(plain, bs=8)
+    assert 'Seeing' not in names(AugmentPreview(scaleless)) and 'Cutout' in names(AugmentPreview(scaleless))
+    view = AugmentPreview(scaleless, strengths={'Seeing.fwhm': 2.}).widget
     assert 'pixel scale' in view.children[2].value and drawn(view.children[3])
 
 

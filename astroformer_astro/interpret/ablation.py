@@ -26,6 +26,7 @@ def annuli(
     rings = {f'{a:g} to {b:g} R_e': (r >= a) & (r < b) for a, b in zip(edges, edges[1:])}
     return {k: m for k, m in rings.items() if m.any()}
 
+# %% ../../nbs/42_interpret.ablation.ipynb #882031d6
 def sectors(
     shape:GalaxyShape, # From `galaxy_shape`
     size:tuple, # `(H, W)` of the image, px
@@ -55,10 +56,12 @@ def _neighbours(x, shape, names):
     if not mask.any(): raise GalaxyDataError('no neighbour stands out of the sky in this cut-out; there is nothing to take away.')
     return {'neighbours': mask, 'all but neighbours': ~mask}
 
+# %% ../../nbs/42_interpret.ablation.ipynb #b408ac68
 def _bands(x, shape, names):
     names = names or [f'band {i}' for i in range(len(x))]
     return {str(n): np.broadcast_to(np.arange(len(x))[:,None,None] == i, x.shape) for i, n in enumerate(names)}
 
+# %% ../../nbs/42_interpret.ablation.ipynb #8549423c
 def _discs(x, shape, names):
     return {f'within {k:g} R_e': shape.radius_map(x.shape[1:]) < k for k in (.25, .5, .75, 1, 1.5, 2, 3)}
 
@@ -102,10 +105,12 @@ def _masks(regions, x, names): # Name to boolean array, and the shape that was n
     if not masks: raise GalaxyDataError('no region is given; name at least one.')
     return masks, None
 
+# %% ../../nbs/42_interpret.ablation.ipynb #9f9c7b7d
 def _stacked(masks, shape): # `N x H x W`, or `N x C x H x W` where one region tells bands apart
     full = any(m.ndim == 3 for m in masks.values())
     return np.stack([np.broadcast_to(m, shape) if full else m for m in masks.values()])
 
+# %% ../../nbs/42_interpret.ablation.ipynb #38cbb3c7
 def _logits(learn, x, start, masks, progress): # Of the picture and of each ablated one
     where = torch.from_numpy(masks if masks.ndim == 4 else masks[:,None]).to(x.device)
     def run(batch):

@@ -31,6 +31,7 @@ def _squares(values, side): # Means over squares of `side` px
     total = lambda a: np.add.reduceat(np.add.reduceat(a, cuts[0], 0), cuts[1], 1)
     return total(values)/total(np.ones_like(values))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #60c252ed
 def removal_order(
     heatmap:np.ndarray, # `H x W`, signed
     side:int=1, # Take squares of this many pixels at a time, by their mean
@@ -56,6 +57,7 @@ class RemovalCurve:
     def auc(self): # Area under the curve: the mean value on the way
         return float(trapezoid(self.values, self.share))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #1bd83516
 def removal_curve(
     forward, # From images `B x C x H x W` to values `B x classes`, usually probabilities
     x:torch.Tensor, # `C x H x W` on a scale of 0 to 1
@@ -87,6 +89,7 @@ def centred_map(
     grids = np.meshgrid(*(np.arange(n) - (n - 1)/2 for n in x.shape[-2:]), indexing='ij')
     return np.exp(-(grids[0]**2 + grids[1]**2)/(2*(min(x.shape[-2:])/4)**2))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #64b75a9d
 def random_map(
     x:torch.Tensor, # `C x H x W`
     baseline=None, # Not used
@@ -95,6 +98,7 @@ def random_map(
     "White noise"
     return np.random.default_rng(seed).normal(size=x.shape[-2:])
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #8be4e704
 def light_map(
     x:torch.Tensor, # `C x H x W`
     baseline:torch.Tensor, # `C x H x W`
@@ -112,6 +116,7 @@ def _random_squares(shape, n, side, seed): # `n x 1 x H x W`, 1 inside a square 
     rows, columns = np.arange(shape[0])[None,:,None], np.arange(shape[1])[None,None]
     return torch.as_tensor((y <= rows) & (rows < y + side) & (x <= columns) & (columns < x + side))[:,None].float()
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #b633ed69
 def map_infidelity(
     forward, # From images `B x C x H x W` to logits `B x classes`
     x:torch.Tensor, # `C x H x W` on a scale of 0 to 1
@@ -164,6 +169,7 @@ def _parts(model): # Name to module, from input to output
         found |= {f'{name}.{i}': c for i, c in m.named_children()} if deeper else {name: m}
     return {k: m for k, m in found.items() if next(m.parameters(), None) is not None} or {'network': model}
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #fe806177
 def shuffled_networks(
     model:torch.nn.Module, # Any network
     seed:int=0, # Of the shuffling
@@ -189,12 +195,14 @@ def picture_map(
     with frozen(learn.model): values, _ = attribution_methods[method](partial(picture_logits, learn), x[None], start, target, **how)
     return values[0].sum(0).cpu().numpy()
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #f3ea4b06
 def _methods(chosen, baseline): # Name to function `(learn, x, target) -> H x W`
     if baseline not in attribution_baselines: raise GalaxyDataError(f"there is no baseline {baseline!r}; choose from {', '.join(attribution_baselines)}")
     if unknown := [m for m in chosen or () if not isinstance(chosen, dict) and m not in attribution_methods]:
         raise GalaxyDataError(f"there is no method {unknown[0]!r}; choose from {', '.join(attribution_methods)}")
     return dict(chosen) if isinstance(chosen, dict) else {m: partial(picture_map, method=m, baseline=baseline) for m in chosen or attribution_methods}
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #d8ed6799
 def _with(learn, network): # The same learner with another network
     other = copy.copy(learn)
     other.model = network
@@ -206,6 +214,7 @@ def _targets(learn, pictures):
     with frozen(learn.model), torch.no_grad():
         return [int(_probabilities(learn, picture_logits(learn, x[None])).argmax()) for x in pictures]
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #fd873f0b
 def randomisation_curve(
     learn, # A fastai `Learner` of images
     pictures:list, # `C x H x W` each, on a scale of 0 to 1
@@ -227,11 +236,13 @@ def _turns(): # Pairs: picture to view, map of the view to map; the seven other 
     for flip, k in [(f, k) for f in (False, True) for k in range(4)][1:]:
         yield (lambda x: torch.rot90(x.flip(-1) if flip else x, k, (-2, -1)).contiguous()), (lambda m: np.rot90(m, -k)[:,::-1] if flip else np.rot90(m, -k))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #f23acabb
 def _moves(shifts, mode):
     move = lambda a, by: shifted(a, by, order=3, mode=mode)
     for dy, dx in shifts:
         yield (lambda x: torch.as_tensor(move(x.cpu().numpy(), (0, dy, dx))).clamp(0, 1).to(x)), (lambda m: move(m, (-dy, -dx)))
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #b1993170
 def map_stability(
     explain, # `C x H x W` and a class number to a map `H x W`
     x:torch.Tensor, # `C x H x W` on a scale of 0 to 1
@@ -253,6 +264,7 @@ def over_orientations(
     def averaged(learn, x, target): return np.mean([explain(learn, x, target)] + [back(explain(learn, view(x), target)) for view, back in _turns()], 0)
     return averaged
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #e749692d
 def smoothed(
     explain, # `(learn, x, target)` to a map `H x W`
     sigma:float=2., # Of the Gaussian, px
@@ -260,6 +272,7 @@ def smoothed(
     "A method's maps as the eye sees them, without what differs from pixel to pixel"
     return lambda learn, x, target: gaussian_filter(explain(learn, x, target), sigma)
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #66d37c08
 def over_noise(
     explain, # `(learn, x, target)` to a map `H x W`
     n:int=8, # Noisy copies
@@ -278,6 +291,7 @@ def relevance_map(learn, x, target):
     values = torch.from_numpy(attention_relevance(learn.model, _standardise(learn, x[None]), target))
     return _enlarged(values[None,None], tuple(x.shape[1:]))[0, 0].numpy()
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #eb4dc5c7
 def candidate_maps(
     learn, # A fastai `Learner` of images
     x:torch.Tensor, # Any picture, `C x H x W`
@@ -319,11 +333,13 @@ def _score(learn, explain, x, target, start, steps, sides): # What every galaxy 
     areas = {f'{kind}_{side}': removal_curve(probability, x, heatmap, target, start, kind, steps, side).auc for side in sides for kind in ('deletion', 'insertion')}
     return heatmap, areas | dict(seconds=seconds)
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #b829bddd
 def _forgotten(explain, x, target, heatmap, others): # `others`: name to learners that have lost what the labels taught
     maps = {k: [explain(o, x, target) for o in some] for k, some in others.items() if some}
     alike = lambda some, absolute: np.mean([rank_correlation(heatmap, m, absolute) for m in some])
     return {k + end: alike(some, bool(end)) for k, some in maps.items() for end in ('', '_absolute')}
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #098d8df9
 def _checks(learn, explain, x, target, start, heatmap): # What needs many maps or pictures
     ask = partial(explain, learn)
     return dict(infidelity=map_infidelity(partial(picture_logits, learn), x, heatmap, target, start),
@@ -334,9 +350,15 @@ def _folded(learn): # Sooner, and the same to rounding
     quick = isinstance(learn.model, Astroformer) and next(learn.model.parameters()).device.type == 'cpu'
     return _with(learn, for_inference(learn.model)) if quick else learn
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #75a69a95
 def _shuffled(learn, n, seed): # Learners whose networks have forgotten everything
     return [_folded(_with(learn, list(shuffled_networks(learn.model, seed + i))[-1][1])) for i in range(n)]
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #30930790
+def _controls(baseline, seed):
+    return {k: lambda learn, x, t, m=m: m(x, attribution_baselines[baseline](x), seed) for k, m in control_maps.items()}
+
+# %% ../../nbs/42_interpret.faithfulness.ipynb #08f98c68
 def method_scores(
     learn, # A fastai `Learner` of images
     items, # Galaxies, as for `read_picture`
@@ -368,9 +390,6 @@ def method_scores(
                 rows.append(dict(galaxy=i, target=learn.dls.vocab[target], method=name) | found)
     return pd.DataFrame(rows)
 
-def _controls(baseline, seed):
-    return {k: lambda learn, x, t, m=m: m(x, attribution_baselines[baseline](x), seed) for k, m in control_maps.items()}
-
 # %% ../../nbs/42_interpret.faithfulness.ipynb #19433115
 def _interval(values, n, seed): # Mean, low, high
     v = np.asarray(values, float)
@@ -379,6 +398,7 @@ def _interval(values, n, seed): # Mean, low, high
     means = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1)
     return v.mean(), *np.quantile(means, [.025, .975])
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #f379e37d
 _rivals = dict(over_hump='centred Gaussian', over_noise='random')
 
 def _compared(wide, method): # Score to its value for each galaxy
@@ -388,6 +408,7 @@ def _compared(wide, method): # Score to its value for each galaxy
     beaten = {k + s: wide['deletion' + s, rival] - own['deletion' + s] for k, rival in _rivals.items() for s in sides}
     return dict(gap=sum(gaps.values())/len(sides)) | {c: own[c] for c in own} | beaten
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #66a872a3
 def rank_methods(
     scores:pd.DataFrame, # From `method_scores`
     n:int=1000, # Repetitions of the bootstrap
@@ -402,16 +423,24 @@ def rank_methods(
     table['trusted'] = (table.randomised.abs() < .3) & (table[over] > 0).all(axis=1)
     return table.sort_values(['trusted', 'gap'], ascending=False, kind='stable').rename_axis('method')
 
-# %% ../../nbs/42_interpret.faithfulness.ipynb #f7c0846d
+# %% ../../nbs/42_interpret.faithfulness.ipynb #5ad031a9
 def _shown(table): # The columns that decide
     chosen = [c for c in table if c in ('n', 'gap', 'turned', 'trusted', 'seconds') or c.startswith(('deletion', 'over_hump', 'randomised', 'relabelled')) and not c.endswith(('_low', '_high'))]
     return table[chosen].round(3).to_string()
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #24ffc4da
 def _verdict(table, method): # On the method that is shown where none is asked for
     if method not in table.index or table.trusted[method]: return ''
     best = table.index[0]
     return f'{method} fails its checks here' + (f'; {best} passes them.' if table.trusted[best] else ', and so does every other method.')
 
+# %% ../../nbs/42_interpret.faithfulness.ipynb #1041b942
+def _write_scores(out, scores, table, settings):
+    known = {k: v if isinstance(v, (str, int, float, type(None))) else list(v) for k, v in settings.items() if k != 'relabelled'}
+    content = dict(settings=known, table=json.loads(table.to_json(orient='index')), galaxies=json.loads(scores.to_json(orient='records')))
+    with atomic_path(out) as tmp: tmp.write_text(json.dumps(content, indent=1))
+
+# %% ../../nbs/42_interpret.faithfulness.ipynb #f7c0846d
 def explanation_benchmark(
     learn, # A fastai `Learner` of images
     items, # Galaxies that it was not trained on, as for `read_picture`
@@ -426,8 +455,3 @@ def explanation_benchmark(
     print('\n'.join([_shown(table), _verdict(table, default)]).rstrip())
     if out: _write_scores(out, scores, table, settings | dict(default=default))
     return table
-
-def _write_scores(out, scores, table, settings):
-    known = {k: v if isinstance(v, (str, int, float, type(None))) else list(v) for k, v in settings.items() if k != 'relabelled'}
-    content = dict(settings=known, table=json.loads(table.to_json(orient='index')), galaxies=json.loads(scores.to_json(orient='records')))
-    with atomic_path(out) as tmp: tmp.write_text(json.dumps(content, indent=1))

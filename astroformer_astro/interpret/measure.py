@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['radial_profile', 'azimuthal_profile', 'map_measures', 'aligned_map', 'MapStack', 'stack_maps', 'picture_wcs',
-           'cutout_wcs', 'write_map', 'read_map', 'measured_maps', 'attribution_table']
+           'cutout_wcs', 'galaxy_name', 'map_origin', 'write_map', 'read_map', 'measured_maps', 'attribution_table']
 
 # %% ../../nbs/43_interpret.measure.ipynb #3e5be84b
 import json
@@ -18,7 +18,7 @@ from astropy.wcs import WCS
 from fastprogress import progress_bar
 from scipy.ndimage import map_coordinates
 from ..core import GalaxyDataError, atomic_path
-from .attribution import Attribution, Explainer
+from .attribution import Attribution, Explainer, _checksum
 from .shape import GalaxyShape, galaxy_shape
 
 # %% ../../nbs/43_interpret.measure.ipynb #f09402d1
@@ -29,10 +29,12 @@ def _means(heatmap, where, edges): # Pixels, mean and mean of the absolute value
     n = sums(None)
     with np.errstate(invalid='ignore'): return n, sums(heatmap)/n, sums(np.abs(heatmap))/n
 
+# %% ../../nbs/43_interpret.measure.ipynb #40468777
 def _share_inside(heatmap, r, edges): # Of the absolute values
     weight = np.abs(heatmap)
     return np.array([weight[r < e].sum() for e in edges])/(weight.sum() or np.nan)
 
+# %% ../../nbs/43_interpret.measure.ipynb #e08934a0
 def radial_profile(
     heatmap:np.ndarray, # `H x W`, signed
     shape:GalaxyShape, # Of the galaxy in it
@@ -67,6 +69,7 @@ def _offset(weight, shape): # px
     y, x = np.indices(weight.shape)
     return float(np.hypot((weight*y).sum()/total - shape.y, (weight*x).sum()/total - shape.x))
 
+# %% ../../nbs/43_interpret.measure.ipynb #b5e07417
 def _asymmetry(heatmap, shape):
     y, x = np.indices(heatmap.shape)
     other = map_coordinates(heatmap, [2*shape.y - y, 2*shape.x - x], order=1, cval=np.nan)
@@ -74,6 +77,7 @@ def _asymmetry(heatmap, shape):
     total = (np.abs(heatmap) + np.abs(other))[use].sum()
     return float(np.abs(heatmap - other)[use].sum()/total) if total else np.nan
 
+# %% ../../nbs/43_interpret.measure.ipynb #7af73cbe
 def _half_radius(weight, r):
     order = np.argsort(r, axis=None)
     growth = weight.ravel()[order].cumsum()
@@ -116,6 +120,7 @@ class MapStack:
     n:int # Galaxies
     extent:float # From minus to plus this, R_e
 
+# %% ../../nbs/43_interpret.measure.ipynb #6e79cd02
 class _Running:
     "Sums that grow by one map at a time"
     def __init__(self): self.n, self.counts, self.sum, self.squares = 0, 0, 0, 0
@@ -128,6 +133,7 @@ class _Running:
         mean = self.sum/n
         return MapStack(mean, np.maximum(self.squares/n - mean**2, 0)**.5, self.counts, self.n, extent)
 
+# %% ../../nbs/43_interpret.measure.ipynb #6ddb518f
 def stack_maps(
     galaxies, # Any iterable of `(heatmap, GalaxyShape, class)`; one at a time is kept
     size:int=64, # Side of a stack, px
@@ -155,11 +161,22 @@ def picture_wcs(
     wcs.wcs.crpix, wcs.wcs.cdelt = [(size[1] + 1)/2, (size[0] + 1)/2], [-pxscale/3600, pxscale/3600]
     return wcs
 
+# %% ../../nbs/43_interpret.measure.ipynb #67bab4dd
 def _as_fits(array, wcs): # Rows from the bottom, as in the file; its own inverse
     mirrored = wcs is not None and np.linalg.det(wcs.celestial.pixel_scale_matrix) > 0
     return np.ascontiguousarray(array[..., ::-1, ::-1 if mirrored else 1])
 
 # %% ../../nbs/43_interpret.measure.ipynb #6a406402
+def _row_of(learn, item): # Of the catalogue
+    catalog = getattr(learn.dls, 'catalog', None)
+    return catalog.iloc[item] if catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog) else None
+
+# %% ../../nbs/43_interpret.measure.ipynb #b174a200
+def _file_wcs(reader, row):
+    try: return reader.cutout(*reader.of_row(row)).wcs
+    except (GalaxyDataError, OSError): return None                # moved since
+
+# %% ../../nbs/43_interpret.measure.ipynb #2471688d
 def cutout_wcs(
     learn, # A `Learner` whose loaders read images
     item, # As for `read_picture`
@@ -171,13 +188,25 @@ def cutout_wcs(
     known = [row.get(k) for k in ('ra', 'dec', 'pxscale')]
     return picture_wcs(galaxies.images.shape[1:3], *known) if galaxies.stretch is None and not any(map(pd.isna, known)) else None
 
-def _row_of(learn, item): # Of the catalogue
-    catalog = getattr(learn.dls, 'catalog', None)
-    return catalog.iloc[item] if catalog is not None and isinstance(item, Integral) and 0 <= item < len(catalog) else None
+# %% ../../nbs/43_interpret.measure.ipynb #f5ec0b48
+def galaxy_name(
+    catalog:pd.DataFrame, # A row a galaxy
+    row:int, # From 0
+)->str:
+    "What a galaxy is called: its name, file or id in the catalogue, or else the number of its row"
+    known = catalog.iloc[row]
+    return str(next((known[c] for c in ('name', 'Name', 'file', 'id', 'ID') if c in known and pd.notna(known[c])), row))
 
-def _file_wcs(reader, row):
-    try: return reader.cutout(*reader.of_row(row)).wcs
-    except (GalaxyDataError, OSError): return None                # moved since
+# %% ../../nbs/43_interpret.measure.ipynb #1c072760
+def map_origin(
+    learn, # A `Learner` whose loaders read images
+    item, # As for `read_picture`
+)->dict: # `wcs`, `name`, `bands` and `weights`, as `write_map` takes them
+    "Where a galaxy lies, what it is called, in which bands it was seen, and by which weights"
+    row, galaxies = _row_of(learn, item), getattr(learn.dls, 'galaxies', None)
+    file = Path(item).name if isinstance(item, (str, Path)) else None
+    name = file if row is None else galaxy_name(learn.dls.catalog, item)
+    return dict(wcs=cutout_wcs(learn, item), name=name, bands=getattr(galaxies, 'bands', ()), weights=f'{_checksum(learn.model):08x}')
 
 # %% ../../nbs/43_interpret.measure.ipynb #1f335ac0
 def _split_fields(a): # Arrays, and the rest
@@ -188,16 +217,30 @@ def _split_fields(a): # Arrays, and the rest
 def _plain(v): # What JSON can hold
     return v.item() if isinstance(v, np.generic) else str(v)
 
-def _to_fits(a, path, wcs):
+# %% ../../nbs/43_interpret.measure.ipynb #710259e2
+def _header(wcs, cards): # What FITS cannot hold is written as JSON escapes it
+    header = fits.Header() if wcs is None else wcs.to_header()
+    for k, v in cards.items(): header[k] = json.dumps(v)[1:-1] if isinstance(v, str) and not (v.isascii() and v.isprintable()) else v
+    return header
+
+# %% ../../nbs/43_interpret.measure.ipynb #3be5483e
+def _band_cards(bands, planes): # A name a plane, or one of them all where a single plane is their sum
+    names = bands if len(bands) == planes else ['+'.join(bands)] if bands and planes == 1 else []
+    return {f'BAND{i}': name for i, name in enumerate(names, 1)}
+
+# %% ../../nbs/43_interpret.measure.ipynb #be983ace
+def _to_fits(a, path, wcs, name, bands, weights):
     arrays, rest = _split_fields(a)
     arrays['image'] = np.moveaxis(arrays['image'], -1, 0)
-    header = wcs.to_header() if wcs is not None else fits.Header()
+    known = {k: v for k, v in dict(OBJECT=name, WEIGHTS=weights).items() if v}
     said = dict(METHOD=a.method, TARGET=a.target, AGAINST=a.against, BASELINE=a.baseline, PREDICT=a.predicted, RECORD=json.dumps(rest, default=_plain))
-    for k, v in said.items(): header[k] = json.dumps(v)[1:-1] if isinstance(v, str) and not v.isascii() else v
-    header['BUNIT'] = 'logit' if a.unit == 'logit a pixel' else a.unit
-    hdus = [fits.PrimaryHDU(_as_fits(a.heatmap(), wcs), header)] + [fits.ImageHDU(_as_fits(v, wcs), wcs.to_header() if wcs is not None else None, name=k) for k, v in arrays.items()]
-    fits.HDUList(hdus).writeto(path)
+    unit = dict(BUNIT='logit' if a.unit == 'logit a pixel' else a.unit)
+    first = fits.PrimaryHDU(_as_fits(a.heatmap(), wcs), _header(wcs, known | said | unit | _band_cards(bands, 1)))
+    planes = {k: {} if k == 'image' else _band_cards(bands, len(v)) for k, v in arrays.items()}        # the picture has colours for bands
+    others = [fits.ImageHDU(_as_fits(v, wcs), _header(wcs, planes[k]), name=k) for k, v in arrays.items()]
+    fits.HDUList([first] + others).writeto(path)
 
+# %% ../../nbs/43_interpret.measure.ipynb #ffbb5567
 def _from_fits(path):
     with fits.open(path) as hdus:
         rest, wcs = json.loads(hdus[0].header['RECORD']), WCS(hdus[0].header)
@@ -208,17 +251,21 @@ def _from_fits(path):
 def write_map(
     attribution:Attribution, # What to keep
     path, # A name that ends in `.fits` or `.npz`
-    wcs:WCS=None, # Of the cut-out, for FITS
+    wcs:WCS=None, # Of the cut-out, for FITS; this and what follows is what `map_origin` knows
+    name:str=None, # Of the galaxy, for FITS
+    bands:tuple=(), # Names of the bands, for FITS
+    weights:str=None, # Says which they were, for FITS
 )->Path:
     "Map, bands, picture and record, whole or not at all; raises `GalaxyDataError` for another ending"
     if Path(path).suffix not in ('.fits', '.npz'): raise GalaxyDataError(f'{path} ends in {Path(path).suffix!r}; a map is written as .fits or .npz.')
     arrays, rest = _split_fields(attribution)
     with atomic_path(path) as tmp:
-        if Path(path).suffix == '.fits': _to_fits(attribution, tmp, wcs)
+        if Path(path).suffix == '.fits': _to_fits(attribution, tmp, wcs, name, bands, weights)
         else:
             with open(tmp, 'wb') as f: np.savez_compressed(f, heatmap=attribution.heatmap(), record=json.dumps(rest, default=_plain), **arrays)
     return Path(path)
 
+# %% ../../nbs/43_interpret.measure.ipynb #9052980e
 def read_map(
     path, # As written by `write_map`
 )->Attribution:
@@ -235,6 +282,7 @@ def _pxscale(explainer, item): # arcsec/px of a row of the catalogue
     row = _row_of(explainer.learn, item)
     return float(row.pxscale) if row is not None and 'pxscale' in row else None
 
+# %% ../../nbs/43_interpret.measure.ipynb #8934a778
 def measured_maps(
     explainer:Explainer, # Gives the maps
     items, # As for `read_picture`
@@ -251,6 +299,7 @@ def measured_maps(
         except GalaxyDataError as e: row['problem'] = str(e)
         yield row, behind
 
+# %% ../../nbs/43_interpret.measure.ipynb #ebce3aa5
 def attribution_table(
     explainer:Explainer, # Gives the maps
     items, # As for `read_picture`

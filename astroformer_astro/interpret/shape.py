@@ -30,6 +30,7 @@ def _checked(image):
     if not np.isfinite(image).all(): raise GalaxyDataError(f'{(~np.isfinite(image)).sum()} pixels of this cut-out are no numbers; fill or mask them first.')
     return image
 
+# %% ../../nbs/40_interpret.shape.ipynb #dbbf4293
 def galaxy_light(
     image, # `C x H x W` on any linear or stretched scale
 )->np.ndarray: # `H x W`
@@ -44,12 +45,14 @@ def _smoothed(light): # By a Gaussian whose sigma is 1/64 of the shorter side, a
     sigma = max(1, min(light.shape)/64)
     return gaussian_filter(light, sigma), int(12*sigma**2)
 
+# %% ../../nbs/40_interpret.shape.ipynb #2a96499c
 def _patches(light): # A number for each patch of some size above three times the noise of the smoothed sky
     smooth, least = _smoothed(light)
     noise = sigma_clipped_stats(smooth[border_of(light.shape)], sigma=2.5)[2]
     patches = label(smooth > max(3*noise, .02*smooth.max(), 1/255))[0]
     return np.where(np.bincount(patches.ravel())[patches] >= least, patches, 0)
 
+# %% ../../nbs/40_interpret.shape.ipynb #9b0593b4
 def _main(patches, light): # The number of the patch that is the galaxy, and how many pixels it has
     y, x = np.indices(light.shape)
     far = ((y - (light.shape[0] - 1)/2)**2 + (x - (light.shape[1] - 1)/2)**2)/(min(light.shape)/6)**2
@@ -104,10 +107,12 @@ def _moments(light, keep): # Centre `(y, x)`, semi-axes of the covariance, direc
     axes, turn = np.linalg.eigh((off*f.ravel()) @ off.T/f.sum() + np.eye(2)/12)      # a pixel's own width keeps it from vanishing
     return centre, axes**.5, turn[:, 1]
 
+# %% ../../nbs/40_interpret.shape.ipynb #eb29441f
 def _ellipse(light, keep):
     centre, (b, a), (dy, dx) = _moments(light, keep)
     return GalaxyShape(*centre, a, b/a, np.degrees(np.arctan2(-dx, -dy)) % 180)
 
+# %% ../../nbs/40_interpret.shape.ipynb #9302b0f3
 def _half_light(shape, light, galaxy): # R_e, px
     r = shape.radius_map(light.shape)[galaxy]*shape.radius
     inside = np.argsort(r)
@@ -126,6 +131,7 @@ def _measured(light):
         shape = replace(shape, y=y, x=x)
     return GalaxyShape(*(float(v) for v in vars(shape).values()))
 
+# %% ../../nbs/40_interpret.shape.ipynb #5053d535
 def _mirrored(light, hole, shape): # Light with its holes filled from the other side of the centre, where there is any
     y, x = np.nonzero(hole)
     my, mx = np.rint(2*shape.y - y).astype(int), np.rint(2*shape.x - x).astype(int)
@@ -153,6 +159,7 @@ def _apart(light, patches): # The patches with those that hold several peaks tak
     smooth, least = _smoothed(light)
     return segmentation.deblend_sources(smooth, segmentation.SegmentationImage(patches), least, contrast=.05, progress_bar=False).data
 
+# %% ../../nbs/40_interpret.shape.ipynb #6f4a3e4d
 def neighbour_mask(
     image, # `C x H x W`, as for `galaxy_shape`
 )->np.ndarray: # `H x W`

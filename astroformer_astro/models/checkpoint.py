@@ -25,34 +25,12 @@ def network_of(
     "The network itself; what only holds another one, as an average over orientations does, is a network too"
     return learn if isinstance(learn, torch.nn.Module) else learn.model
 
-# %% ../../nbs/23_models.checkpoint.ipynb #de3dca47
-def model_card(
-    learn, # A `Learner` whose `dls` know their galaxies, or an `Astroformer`
-    **record, # `classes`, `stats`, `bands`, `stretch` or `reader` where nobody knows them; anything else worth keeping: scores, seeds, the survey
-)->dict:
-    "What somebody needs to use the weights: plain numbers, strings and lists; raises `GalaxyDataError` where they do not suit the network"
-    model = network_of(learn)
-    if not isinstance(model, Astroformer): raise GalaxyDataError(f'a card describes an Astroformer, not a {type(model).__name__}; keep other networks with `learn.export`.')
-    known = _known(learn)
-    known |= {k: record.pop(k) for k in list(record) if k in known}
-    software = dict(astroformer_astro=version('astroformer_astro'), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
-    card = dict(format='astroformer_astro 1', cfg=asdict(model.cfg), **known, calibration=_calibration(learn), software=software, record=_last_fit(learn) | record)
-    card = json.loads(json.dumps(card, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v)))
-    if wrong := _unsuited(card): raise GalaxyDataError(f'the network cannot be saved with this card: {wrong}.')
-    return card
-
 # %% ../../nbs/23_models.checkpoint.ipynb #02526302
 def _known(learn):
     "What is known of the galaxies that a network was trained on"
     known, dls = dict(classes=[], stats=None, bands=[], stretch=None, reader=None), getattr(learn, 'dls', None)
     if dls is None: return known | {k: v for k, v in getattr(learn, 'card', {}).items() if k in known}
     return known | (dls.card() if hasattr(dls, 'card') else dict(classes=list(getattr(dls, 'classes', ())), stats=getattr(dls, 'stats', None)))
-
-# %% ../../nbs/23_models.checkpoint.ipynb #385cb43a
-def _refuse_changed(model):
-    with torch.device('meta'): whole = Astroformer(model.cfg).state_dict()
-    if whole.keys() != model.state_dict().keys():
-        raise GalaxyDataError(f'this {type(model).__name__} has other weights than its configuration says, as one made for inference has; save the network that it was made from.')
 
 # %% ../../nbs/23_models.checkpoint.ipynb #765c5d18
 def _calibration(learn):
@@ -74,6 +52,34 @@ def _unsuited(card):
     for what, found, n in (('classes', card['classes'], cfg['classes']), *((w, v, cfg['bands']) for w, v in (('means', mean), ('deviations', std), ('bands', card.get('bands', ()))))):
         if len(found) not in (0, n): return f'it names {len(found)} {what}, the network has {n}'
 
+# %% ../../nbs/23_models.checkpoint.ipynb #de3dca47
+def model_card(
+    learn, # A `Learner` whose `dls` know their galaxies, or an `Astroformer`
+    **record, # `classes`, `stats`, `bands`, `stretch` or `reader` where nobody knows them; anything else worth keeping: scores, seeds, the survey
+)->dict:
+    "What somebody needs to use the weights: plain numbers, strings and lists; raises `GalaxyDataError` where they do not suit the network"
+    model = network_of(learn)
+    if not isinstance(model, Astroformer): raise GalaxyDataError(f'a card describes an Astroformer, not a {type(model).__name__}; keep other networks with `learn.export`.')
+    known = _known(learn)
+    known |= {k: record.pop(k) for k in list(record) if k in known}
+    software = dict(astroformer_astro=version('astroformer_astro'), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
+    card = dict(format='astroformer_astro 1', cfg=asdict(model.cfg), **known, calibration=_calibration(learn), software=software, record=_last_fit(learn) | record)
+    card = json.loads(json.dumps(card, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v)))
+    if wrong := _unsuited(card): raise GalaxyDataError(f'the network cannot be saved with this card: {wrong}.')
+    return card
+
+# %% ../../nbs/23_models.checkpoint.ipynb #e4d15e00
+def _pair(path):
+    path = Path(path)
+    if path.suffix not in ('.safetensors', '.json'): path = path.with_name(path.name + '.safetensors')
+    return path.with_suffix('.safetensors'), path.with_suffix('.json')
+
+# %% ../../nbs/23_models.checkpoint.ipynb #385cb43a
+def _refuse_changed(model):
+    with torch.device('meta'): whole = Astroformer(model.cfg).state_dict()
+    if whole.keys() != model.state_dict().keys():
+        raise GalaxyDataError(f'this {type(model).__name__} has other weights than its configuration says, as one made for inference has; save the network that it was made from.')
+
 # %% ../../nbs/23_models.checkpoint.ipynb #1676aab9
 def save_astroformer(
     learn, # A `Learner` whose `dls` know their galaxies, or an `Astroformer`
@@ -88,12 +94,6 @@ def save_astroformer(
     with atomic_path(weights) as tmp: tmp.write_bytes(data)
     with atomic_path(beside) as tmp: tmp.write_text(json.dumps(card | dict(weights_sha256=hashlib.sha256(data).hexdigest()), indent=1))
     return weights
-
-# %% ../../nbs/23_models.checkpoint.ipynb #e4d15e00
-def _pair(path):
-    path = Path(path)
-    if path.suffix not in ('.safetensors', '.json'): path = path.with_name(path.name + '.safetensors')
-    return path.with_suffix('.safetensors'), path.with_suffix('.json')
 
 # %% ../../nbs/23_models.checkpoint.ipynb #1c42c8e3
 def read_card(
@@ -110,9 +110,29 @@ def read_card(
     if lacking: raise GalaxyDataError(f"{card} does not say {', '.join(map(repr, lacking))}; save the weights again, so that their card is whole.")
     return info
 
+# %% ../../nbs/23_models.checkpoint.ipynb #2746e8c9
 def _missing(weights, card):
     if not weights.exists(): return f'{weights} does not exist; give the path of weights that were saved by `save_astroformer` or `astroformer train`.'
     return f'{card} does not exist; weights are read together with the card that was saved beside them.'
+
+# %% ../../nbs/23_models.checkpoint.ipynb #7d4cb76c
+def _inner(data):
+    "The card in the header of safetensors, if there is one"
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
+    return dict(json.loads(header.get('__metadata__', {}).get('card', '{}')))
+
+# %% ../../nbs/23_models.checkpoint.ipynb #88ac1315
+def _facts(card):
+    cfg = card['cfg'] if isinstance(card.get('cfg'), dict) else {}
+    facts = {f'cfg.{k}': v for k, v in cfg.items()} | {k: v for k, v in card.items() if k not in ('cfg', 'record', 'weights_sha256')}
+    return {k: json.dumps(v) for k, v in facts.items()}
+
+# %% ../../nbs/23_models.checkpoint.ipynb #52bf2929
+def _compare(inner, card, weights, beside):
+    meant, said = _facts(inner), _facts(card)
+    for k in meant | said:
+        if meant.get(k) != said.get(k):
+            raise GalaxyDataError(f"{beside} says {k} {said.get(k, 'nothing')[:60]}, but {weights.name} was saved with {meant.get(k, 'nothing')[:60]}; copy both files again.")
 
 # %% ../../nbs/23_models.checkpoint.ipynb #1b65f2d6
 def _weights(path, card):
@@ -127,25 +147,6 @@ def _weights(path, card):
     except (SafetensorError, ValueError, TypeError) as e: raise GalaxyDataError(f'{weights} cannot be read as safetensors ({e}).') from None
     if inner: _compare(inner, card, weights, beside)
     return state
-
-# %% ../../nbs/23_models.checkpoint.ipynb #7d4cb76c
-def _inner(data):
-    "The card in the header of safetensors, if there is one"
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
-    return dict(json.loads(header.get('__metadata__', {}).get('card', '{}')))
-
-# %% ../../nbs/23_models.checkpoint.ipynb #52bf2929
-def _compare(inner, card, weights, beside):
-    meant, said = _facts(inner), _facts(card)
-    for k in meant | said:
-        if meant.get(k) != said.get(k):
-            raise GalaxyDataError(f"{beside} says {k} {said.get(k, 'nothing')[:60]}, but {weights.name} was saved with {meant.get(k, 'nothing')[:60]}; copy both files again.")
-
-# %% ../../nbs/23_models.checkpoint.ipynb #88ac1315
-def _facts(card):
-    cfg = card['cfg'] if isinstance(card.get('cfg'), dict) else {}
-    facts = {f'cfg.{k}': v for k, v in cfg.items()} | {k: v for k, v in card.items() if k not in ('cfg', 'record', 'weights_sha256')}
-    return {k: json.dumps(v) for k, v in facts.items()}
 
 # %% ../../nbs/23_models.checkpoint.ipynb #f8b8fb1c
 def load_astroformer(
@@ -184,6 +185,14 @@ def check_classes(
     known = ', '.join(theirs) or f'{outputs} of them'
     raise GalaxyDataError(f"the network knows the classes {known}, in this order, and its loaders name {', '.join(ours)}; give galaxies to load_astroformer_learner, which keeps the network's own.")
 
+# %% ../../nbs/23_models.checkpoint.ipynb #6463cd55
+def _count(bands): return bands if isinstance(bands, int) else len(bands)
+
+def _shared(old, new):
+    if isinstance(old, int) or isinstance(new, int): return []
+    if twice := [b for bands in (old, new) for b in set(bands) if bands.count(b) > 1]: raise GalaxyDataError(f'the band {twice[0]!r} is named twice.')
+    return [b for b in new if b in old]
+
 # %% ../../nbs/23_models.checkpoint.ipynb #5888cf3e
 def adapt_bands(
     weight:torch.Tensor, # First convolution, `C x bands x k x k`
@@ -199,13 +208,35 @@ def adapt_bands(
     adapted[:, [new.index(b) for b in kept]] = weight[:, [old.index(b) for b in kept]] + lost/len(kept)
     return adapted
 
-# %% ../../nbs/23_models.checkpoint.ipynb #6463cd55
-def _count(bands): return bands if isinstance(bands, int) else len(bands)
+# %% ../../nbs/23_models.checkpoint.ipynb #5c0bdee5
+def _called(cfg): return arch_name(cfg) or 'a network without a name'
+def _mismatch(old, new, names): return ', '.join(f'{n} {getattr(old, n)} instead of {getattr(new, n)}' for n in names)
 
-def _shared(old, new):
-    if isinstance(old, int) or isinstance(new, int): return []
-    if twice := [b for bands in (old, new) for b in set(bands) if bands.count(b) > 1]: raise GalaxyDataError(f'the band {twice[0]!r} is named twice.')
-    return [b for b in new if b in old]
+# %% ../../nbs/23_models.checkpoint.ipynb #36c5ba4a
+def _in_question(old, new):
+    "A sentence where bands with names meet as many without, which may lie the other way round"
+    if isinstance(old, int) == isinstance(new, int) or _count(old) != _count(new) or _count(old) == 1: return ''
+    named, theirs = (new, 'the weights do') if isinstance(old, int) else (old, 'these galaxies do')
+    return f"{', '.join(named)} are taken in this order for the bands that {theirs} not name. Pictures are red first: reverse the order (bands=) where that is not so."
+
+# %% ../../nbs/23_models.checkpoint.ipynb #fff2f6ce
+def _told(old, new):
+    kept = _shared(old, new)
+    if not kept: return f'each of the {_count(new)} bands starts from the mean of the {_count(old)} trained ones, scaled to the same answer to grey, as no band is known to be in both'
+    fresh, lost = [b for b in new if b not in kept], [b for b in old if b not in kept]
+    said = [f"{', '.join(kept)} keep what they learnt"] + [f"{', '.join(fresh)} start at zero"]*bool(fresh) + [f"what {', '.join(lost)} gave is shared out among those kept"]*bool(lost)
+    return '; '.join(said)
+
+# %% ../../nbs/23_models.checkpoint.ipynb #a88fb656
+def _adapt_first(theirs, old, n, bands, path):
+    "Bring the first convolution of `theirs` to `n` bands, and say how; its name in a list, if it changed"
+    if len(bands or ()) not in (0, n): raise GalaxyDataError(f"{len(bands)} bands are named, {', '.join(bands)}, but the network takes {n}.")
+    first, had, asked, bands = 'stem.conv1.weight', tuple(old.card.get('bands') or ()) or old.cfg.bands, bands is not None, tuple(bands or ()) or n
+    weight, theirs[first] = theirs[first], adapt_bands(theirs[first], had, bands)
+    if asked and _in_question(had, bands): warnings.warn(f'{path}: {_in_question(had, bands)}', stacklevel=3)
+    if torch.equal(weight, theirs[first]): return []
+    warnings.warn(f'{path}: {_told(had, bands)}.', stacklevel=3)
+    return [first]
 
 # %% ../../nbs/23_models.checkpoint.ipynb #d067ef9a
 def load_pretrained(
@@ -230,36 +261,6 @@ def load_pretrained(
     model.load_state_dict({k: state[k] if k in left else theirs[k] for k in state})
     resized = [k for k in state if k not in [*adapted, *left] and before[k] != state[k].shape]
     return adapted + resized + left
-
-# %% ../../nbs/23_models.checkpoint.ipynb #5c0bdee5
-def _called(cfg): return arch_name(cfg) or 'a network without a name'
-def _mismatch(old, new, names): return ', '.join(f'{n} {getattr(old, n)} instead of {getattr(new, n)}' for n in names)
-
-# %% ../../nbs/23_models.checkpoint.ipynb #a88fb656
-def _adapt_first(theirs, old, n, bands, path):
-    "Bring the first convolution of `theirs` to `n` bands, and say how; its name in a list, if it changed"
-    if len(bands or ()) not in (0, n): raise GalaxyDataError(f"{len(bands)} bands are named, {', '.join(bands)}, but the network takes {n}.")
-    first, had, asked, bands = 'stem.conv1.weight', tuple(old.card.get('bands') or ()) or old.cfg.bands, bands is not None, tuple(bands or ()) or n
-    weight, theirs[first] = theirs[first], adapt_bands(theirs[first], had, bands)
-    if asked and _in_question(had, bands): warnings.warn(f'{path}: {_in_question(had, bands)}', stacklevel=3)
-    if torch.equal(weight, theirs[first]): return []
-    warnings.warn(f'{path}: {_told(had, bands)}.', stacklevel=3)
-    return [first]
-
-# %% ../../nbs/23_models.checkpoint.ipynb #36c5ba4a
-def _in_question(old, new):
-    "A sentence where bands with names meet as many without, which may lie the other way round"
-    if isinstance(old, int) == isinstance(new, int) or _count(old) != _count(new) or _count(old) == 1: return ''
-    named, theirs = (new, 'the weights do') if isinstance(old, int) else (old, 'these galaxies do')
-    return f"{', '.join(named)} are taken in this order for the bands that {theirs} not name. Pictures are red first: reverse the order (bands=) where that is not so."
-
-# %% ../../nbs/23_models.checkpoint.ipynb #fff2f6ce
-def _told(old, new):
-    kept = _shared(old, new)
-    if not kept: return f'each of the {_count(new)} bands starts from the mean of the {_count(old)} trained ones, scaled to the same answer to grey, as no band is known to be in both'
-    fresh, lost = [b for b in new if b not in kept], [b for b in old if b not in kept]
-    said = [f"{', '.join(kept)} keep what they learnt"] + [f"{', '.join(fresh)} start at zero"]*bool(fresh) + [f"what {', '.join(lost)} gave is shared out among those kept"]*bool(lost)
-    return '; '.join(said)
 
 # %% ../../nbs/23_models.checkpoint.ipynb #1358746d
 def from_timm(

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from ..core import GalaxyDataError, atomic_path, require, short_name
-from ..interpret.attribution import attribution_baselines, attribution_methods, valid_methods
-from ..interpret.measure import cutout_wcs, write_map
+from ..interpret.attribution import attribution_baselines, valid_methods
+from ..interpret.measure import cutout_wcs, map_origin, write_map
 from ..interpret.plot import plot_attention, plot_comparison, plot_explanation
 from ..picture import Picture, to_png
 from .parts import Shown, button, dropdown, guarded, message_html, picture_panels, picture_widget, pixel_at
@@ -29,9 +29,17 @@ def _mark_members(ax, p, members): # Beside the bars of `draw_probabilities`
     drawn = [c for c in p.probabilities if c in likeliest or c == p.truth]
     rows = [i for i, c in enumerate(drawn) if c in members]
     ax.plot([1.06]*len(rows), rows, 'o', color='k', ms=3, clip_on=False)
+    ax.set_title(ax.get_title() + '\ndots: conformal set', fontsize=7.5)
 
+# %% ../../nbs/51_widgets.explorer.ipynb #15cb6cda
 def _known(row, name): # A number of a row of the catalogue, or `None`
     return float(row[name]) if name in row and np.isreal(row[name]) and np.isfinite(row[name]) else None
+
+# %% ../../nbs/51_widgets.explorer.ipynb #58d68b7f
+def _text_figure(text):
+    fig = Picture(figsize=(7.9, .5))
+    fig.text(.01, .5, text, va='center', fontsize=8, wrap=True)
+    return fig
 
 # %% ../../nbs/51_widgets.explorer.ipynb #52d91945
 def explanation_figure(
@@ -40,15 +48,11 @@ def explanation_figure(
     wcs=None, # Of the cut-out, for arrows to north and east
 )->Picture:
     "Galaxy, probabilities with dots at the classes of the conformal set, and attribution; the galaxy's problems as text if it cannot be drawn"
-    if answer.attribution is None: return _text_figure('. '.join(answer.problems.values()))
+    if answer.attribution is None: return _text_figure(answer.said)
     a = answer.attribution
     fig = plot_explanation(a, pxscale=_known(row, 'pxscale'), wcs=wcs)
+    fig.axes[3].set_title(f"{a.method.replace('_', ' ')}\n{fig.axes[3].get_title().strip()}", fontsize=7.5)
     if answer.members is not None: _mark_members(fig.axes[1], a, answer.members)
-    return fig
-
-def _text_figure(text):
-    fig = Picture(figsize=(7.9, .5))
-    fig.text(.01, .5, text, va='center', fontsize=8, wrap=True)
     return fig
 
 # %% ../../nbs/51_widgets.explorer.ipynb #f27179cc
@@ -63,18 +67,36 @@ def comparison_figure(
     else: titles = [f"{a.method.replace('_', ' ')}\n{_called(a)}" for a in pair]
     return plot_comparison(dict(zip(titles, pair)))
 
+# %% ../../nbs/51_widgets.explorer.ipynb #9105aa91
 def attention_figure(
     answer:Answer, # With attention
 )->Picture:
     "Where the query looks, and all queries on average"
-    return plot_attention(answer.attention, answer.prediction.image, answer.asked.query, answer.asked.block, answer.asked.head)
+    maps, asked = answer.attention, answer.asked
+    row, column = asked.query or tuple(s//2 for s in maps.size)
+    fig = plot_attention(maps, answer.prediction.image, (row, column), asked.block, asked.head)
+    how = f"block {range(len(maps.maps))[asked.block]}, {'all heads' if asked.head is None else f'head {asked.head}'}"
+    titles = f'looking from row {row},\ncolumn {column} (outlined)', f'where all patches look,\n{how}', f'where this patch looks,\n{how}'
+    for ax, title in zip(fig.axes, titles): ax.set_title(title, fontsize=7.5)
+    fig.set_figheight(1.95)                  # room for titles of two lines
+    fig.axes[-1].set_ylabel('times an even share', fontsize=7)
+    return fig
 
 # %% ../../nbs/51_widgets.explorer.ipynb #dd25d61c
 def _drawings(answer, row, wcs=lambda: None): # Name to what it depends on and a function that draws it, of the pictures there are
-    a, beside, attention = answer.attribution, answer.beside, answer.attention
-    found = dict(explanation=((a,), lambda: explanation_figure(answer, row, wcs())) if a else None, comparison=((a, beside), partial(comparison_figure, answer)) if a and beside else None,
-                 attention=((attention, answer.prediction, answer.asked.query, answer.asked.block, answer.asked.head), partial(attention_figure, answer)) if attention else None)
-    return {k: v for k, v in found.items() if v}
+    a, beside, attention, found = answer.attribution, answer.beside, answer.attention, {}
+    if a: found['explanation'] = (a,), lambda: explanation_figure(answer, row, wcs())
+    if a and beside: found['comparison'] = (a, beside), partial(comparison_figure, answer)
+    if attention:
+        asked = answer.asked
+        found['attention'] = (attention, answer.prediction, asked.query, asked.block, asked.head), partial(attention_figure, answer)
+    return found
+
+# %% ../../nbs/51_widgets.explorer.ipynb #0f23e298
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, 'png')
+    return buffer.getvalue()
 
 # %% ../../nbs/51_widgets.explorer.ipynb #397e6adb
 def stacked(
@@ -86,11 +108,6 @@ def stacked(
     for i in images: sheet.paste(i, (0, y)); y += i.height
     return _png(sheet)
 
-def _png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, 'png')
-    return buffer.getvalue()
-
 # %% ../../nbs/51_widgets.explorer.ipynb #289eb8d2
 def viewer_link(
     row, # Of the catalogue
@@ -99,6 +116,7 @@ def viewer_link(
     ra, dec = _known(row, 'ra'), _known(row, 'dec')
     return '' if None in (ra, dec) else f'https://www.legacysurvey.org/viewer?ra={ra:.5f}&dec={dec:.5f}&layer=ls-dr10&zoom=15'
 
+# %% ../../nbs/51_widgets.explorer.ipynb #1b6dcfdc
 def answer_html(
     answer:Answer, # What to tell
     row={}, # Of the catalogue
@@ -120,13 +138,13 @@ def export_answer(
     answer:Answer, # What is shown
     path, # A name that ends in `.png`, `.npz` or `.fits`
     png, # Function that gives the picture as bytes
-    wcs=None, # Of the cut-out, for FITS
+    **origin # From `map_origin`, for FITS
 )->Path:
     "Write what is shown; raises `GalaxyDataError` for another ending, and where there is no map"
     path = Path(path)
     if path.suffix not in ('.png', '.npz', '.fits'): raise GalaxyDataError(f'{path} ends in {path.suffix!r}; what is shown is written as .png, .npz or .fits.')
-    if path.suffix != '.png' and answer.attribution is None: raise GalaxyDataError(f'there is no attribution to write to {path}: {". ".join(answer.problems.values())}')
-    if path.suffix != '.png': return write_map(answer.attribution, path, wcs)
+    if path.suffix != '.png' and answer.attribution is None: raise GalaxyDataError(f'there is no attribution to write to {path}: {answer.said}')
+    if path.suffix != '.png': return write_map(answer.attribution, path, **origin)
     with atomic_path(path) as tmp: tmp.write_bytes(png())
     return path
 
@@ -146,8 +164,10 @@ def new_name(
 # %% ../../nbs/51_widgets.explorer.ipynb #71757256
 def _classes(state, first): return [(first, '')] + [(short_name(str(c)), c) for c in state.learn.dls.vocab]
 
+# %% ../../nbs/51_widgets.explorer.ipynb #d70e2ac9
 def _row(*widgets): return require('ipywidgets', 'widgets').HBox(widgets, layout={'flex_flow': 'row wrap', 'align_items': 'center'})
 
+# %% ../../nbs/51_widgets.explorer.ipynb #d3012530
 def _range(label, low, high, tell, choose): # A slider with two ends
     w = require('ipywidgets', 'widgets')
     slider = w.FloatRangeSlider(value=(low, high), min=low, max=high, step=(high - low)/100, description=label, readout_format='.2f', continuous_update=False,
@@ -155,6 +175,7 @@ def _range(label, low, high, tell, choose): # A slider with two ends
     slider.observe(guarded(tell, lambda change: choose(change['new'])), 'value')
     return slider
 
+# %% ../../nbs/51_widgets.explorer.ipynb #513e9568
 def _ends(column): # Of its finite values
     known = column[np.isfinite(column)]
     return float(known.min()), float(known.max())
@@ -216,7 +237,19 @@ def _thumbnail(learn, item):
     image = Image.fromarray(picture if picture.shape[-1] == 3 else picture.mean(-1).astype(np.uint8))
     return _png(image.resize((90, 90)))
 
+# %% ../../nbs/51_widgets.explorer.ipynb #6a2d6d4e
 def _right(row): return None if None in (row.label, row.predicted) else row.label == row.predicted
+
+# %% ../../nbs/51_widgets.explorer.ipynb #c27debe7
+def _fill(state, place, picture, press, drawn, chosen):
+    press.layout.display = 'none' if place is None else ''
+    if place is None: picture.value = b''; return
+    if place not in drawn: drawn[place] = attempt(lambda: _thumbnail(state.learn, state.items[place]), {}, '') or _png(Image.new('RGB', (90, 90), '#ddd'))
+    row = state.table.loc[place]
+    picture.value, picture.layout.border = drawn[place], f'3px solid {_frames[_right(row)]}'
+    press.description, press.button_style = short_name(str(row.label or row.predicted or place)), 'info' if chosen else ''
+    press.tooltip = ', '.join(filter(None, [row.label and f'labelled {row.label}', row.predicted and f'called {row.predicted}', row.problem]))
+    while len(drawn) > 500: drawn.pop(next(iter(drawn)))
 
 # %% ../../nbs/51_widgets.explorer.ipynb #fbf9d30b
 def gallery(
@@ -241,16 +274,6 @@ def gallery(
              button('›', state.next, state.tell, 'next galaxy'), button('»', lambda: turn(1), state.tell, 'next page'), where]
     return w.VBox([w.HBox([w.VBox([p, b]) for p, b in zip(pictures, buttons)], layout={'flex_flow': 'row wrap', 'max_width': '820px'}), _row(*steps)])
 
-def _fill(state, place, picture, press, drawn, chosen):
-    press.layout.display = 'none' if place is None else ''
-    if place is None: picture.value = b''; return
-    if place not in drawn: drawn[place] = attempt(lambda: _thumbnail(state.learn, state.items[place]), {}, '') or _png(Image.new('RGB', (90, 90), '#ddd'))
-    row = state.table.loc[place]
-    picture.value, picture.layout.border = drawn[place], f'3px solid {_frames[_right(row)]}'
-    press.description, press.button_style = short_name(str(row.label or row.predicted or place)), 'info' if chosen else ''
-    press.tooltip = ', '.join(filter(None, [row.label and f'labelled {row.label}', row.predicted and f'called {row.predicted}', row.problem]))
-    while len(drawn) > 500: drawn.pop(next(iter(drawn)))
-
 # %% ../../nbs/51_widgets.explorer.ipynb #e2a495a5
 def work_line(
     state:ExplorerState, # At work or not
@@ -266,6 +289,23 @@ def work_line(
         line.value = message_html(state.error) or message_html('computing …' if state.busy else state.note, error=False)
     state.observe(follow, ['busy', 'progress', 'error', 'note', 'surveying']); follow()
     return w.HBox([cancel, bar, line], layout={'align_items': 'center'})
+
+# %% ../../nbs/51_widgets.explorer.ipynb #9aad5f3b
+def _kept_png(kept, key, make, keep=40): # Drawn once, while it is among the last
+    if key not in kept:
+        fig = make()
+        kept[key] = to_png(fig, 110), picture_panels(fig)
+    kept[key] = kept.pop(key)
+    while len(kept) > keep: kept.pop(next(iter(kept)))
+    return kept[key][0]
+
+# %% ../../nbs/51_widgets.explorer.ipynb #1ca65e47
+def _row_of(state): return {} if state.answer.place is None else state.table.loc[state.answer.place]
+
+def _about(state, ask): # What `cutout_wcs` or `map_origin` knows of the galaxy, by the network that the answer is from
+    return None if state.answer.place is None else ask(state.answers.explainer.learn, state.items[state.answer.place])
+
+def _wcs_of(state): return _about(state, cutout_wcs)
 
 # %% ../../nbs/51_widgets.explorer.ipynb #c717f4de
 def answer_pictures(
@@ -289,18 +329,6 @@ def answer_pictures(
             except Exception as e: picture.value = b''; state.tell(e)
     state.observe(draw, 'answer'); draw()
     return w.VBox(list(pictures.values()))
-
-def _kept_png(kept, key, make, keep=40): # Drawn once, while it is among the last
-    if key not in kept:
-        fig = make()
-        kept[key] = to_png(fig, 110), picture_panels(fig)
-    kept[key] = kept.pop(key)
-    while len(kept) > keep: kept.pop(next(iter(kept)))
-    return kept[key][0]
-
-def _row_of(state): return {} if state.answer.place is None else state.table.loc[state.answer.place]
-
-def _wcs_of(state): return None if state.answer.place is None else cutout_wcs(state.learn, state.items[state.answer.place])
 
 # %% ../../nbs/51_widgets.explorer.ipynb #36c98f8c
 def explorer_view(
@@ -357,4 +385,4 @@ class GalaxyExplorer(Shown):
     )->Path:
         "Write what is shown: a picture, or the map as numbers"
         self.state.wait()
-        return export_answer(self.state.answer, path or new_name(self.state.answer, ending), partial(self.png, 150), _wcs_of(self.state))
+        return export_answer(self.state.answer, path or new_name(self.state.answer, ending), partial(self.png, 150), **(_about(self.state, map_origin) or {}))

@@ -49,6 +49,7 @@ def dropdown(
     link((state, name), (control, 'value'), transform=(show, read))
     return control
 
+# %% ../../nbs/50_widgets.parts.ipynb #e9027768
 def button(
     label:str, # On it
     do, # Called without arguments
@@ -97,6 +98,7 @@ function render({ model, el }) {
 export default { render };
 '''
 
+# %% ../../nbs/50_widgets.parts.ipynb #cd652416
 @lru_cache(1)
 def _sensor(): # The class, made when it is first needed
     anywidget, traitlets = require('anywidget', 'widgets'), require('traitlets', 'widgets')
@@ -105,6 +107,12 @@ def _sensor(): # The class, made when it is first needed
         _esm = _front_end
         value, alt = traitlets.Bytes().tag(sync=True), traitlets.Unicode().tag(sync=True)
     return Sensor
+
+# %% ../../nbs/50_widgets.parts.ipynb #f8c9a1ae
+def _hidden_when_empty(widget):
+    def hide(change=None): widget.layout.display = '' if widget.value else 'none'
+    widget.observe(hide, 'value'); hide()
+    return widget
 
 # %% ../../nbs/50_widgets.parts.ipynb #20bf928f
 def picture_widget(
@@ -123,11 +131,6 @@ def picture_widget(
     widget.on_msg(guarded(tell, heard))
     return _hidden_when_empty(widget)
 
-def _hidden_when_empty(widget):
-    def hide(change=None): widget.layout.display = '' if widget.value else 'none'
-    widget.observe(hide, 'value'); hide()
-    return widget
-
 # %% ../../nbs/50_widgets.parts.ipynb #91e6ba9f
 def picture_panels(
     fig:Picture, # As it was drawn, by `to_png`
@@ -138,6 +141,7 @@ def picture_panels(
         return x0, 1 - y1, x1, 1 - y0
     return [(ends(ax), ax.images[0].get_array().shape[:2]) for ax in fig.axes if ax.images and ax.get_label() != '<colorbar>']
 
+# %% ../../nbs/50_widgets.parts.ipynb #a7c866e2
 def pixel_at(
     panels:list, # From `picture_panels`
     x:float, # From the left, 0 to 1

@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from traitlets import Any, Int, observe
 from ..core import GalaxyDataError, require, short_name
 from ..interpret.attribution import Prediction
+from ..interpret.measure import galaxy_name
 from ..interpret.plot import draw_picture, draw_probabilities
 from ..metrics import label_errors
 from ..picture import Picture, to_png
@@ -38,6 +39,19 @@ def doubtful(
     best = p[rows].argmax(1)
     return pd.DataFrame(dict(row=rows, label=names[y[rows]], suggested=names[best], p_label=p[rows, y[rows]], p_suggested=p[rows, best], why=why))
 
+# %% ../../nbs/53_widgets.relabel.ipynb #a42f3407
+def _whole_lines(path): # Text of a file without a line that was broken off; empty where there is none
+    text = path.read_bytes() if path.exists() else b''
+    try: return text[:text.rfind(b'\n') + 1].decode()
+    except UnicodeDecodeError:
+        raise GalaxyDataError(f'{path} is not text in UTF-8 and no journal of decisions; give another name, or a journal.') from None
+
+# %% ../../nbs/53_widgets.relabel.ipynb #84dbad9d
+def _line(values):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerow(values)
+    return text.getvalue().encode()
+
 # %% ../../nbs/53_widgets.relabel.ipynb #9d096a0f
 class Journal:
     "Decisions in a CSV file, each written as it is made; raises `GalaxyDataError` for a file that is no journal"
@@ -47,19 +61,12 @@ class Journal:
         path, # Of the file; begun with the first decision if it is not there
     ):
         self.path = Path(path)
-        lines = self._whole_lines()
+        lines = _whole_lines(self.path)
         if lines and next(csv.reader(io.StringIO(lines))) != list(self.columns): raise GalaxyDataError(f"{path} begins with {lines.splitlines()[0][:60]!r} and is no journal of decisions; give another name, or a journal.")
-
-    def _whole_lines(self):
-        text = self.path.read_bytes() if self.path.exists() else b''
-        try: return text[:text.rfind(b'\n') + 1].decode()
-        except UnicodeDecodeError:
-            raise GalaxyDataError(f'{self.path} is not text in UTF-8 and no journal of decisions; '
-                                  'give another name, or a journal.') from None
 
     def read(self)->pd.DataFrame: # The `columns`, all text but `row`
         "All decisions so far, in the order in which they were made"
-        lines = self._whole_lines() or ','.join(self.columns) + '\n'
+        lines = _whole_lines(self.path) or ','.join(self.columns) + '\n'
         try: return pd.read_csv(io.StringIO(lines), dtype=dict(row=int, galaxy=str, label=str, decision=str), keep_default_na=False)
         except ValueError as e:
             raise GalaxyDataError(f'{self.path} has a line that is no decision ({str(e).splitlines()[0]}); '
@@ -74,7 +81,7 @@ class Journal:
         "Write a decision; it is on the disk when this returns"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self._whole_lines().encode()
+            whole = _whole_lines(self.path).encode()
             with open(self.path, 'r+b' if self.path.exists() else 'w+b') as f:
                 f.truncate(len(whole)); f.seek(len(whole))           # what is left of a line that was broken off
                 now = datetime.now(timezone.utc).isoformat(timespec='seconds')
@@ -82,17 +89,40 @@ class Journal:
                 f.flush(); os.fsync(f.fileno())
         except OSError as e: raise GalaxyDataError(f'{self.path} cannot be written ({e.strerror or e}), and the decision about row {row} is not kept; choose a folder you may write to.') from e
 
-def _line(values):
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerow(values)
-    return text.getvalue().encode()
+# %% ../../nbs/53_widgets.relabel.ipynb #eda49df4
+def _to_look_at(catalog, p, classes, most): # As `doubtful`, of the galaxies whose probabilities are numbers
+    rows = np.flatnonzero(np.isfinite(p).all(1))
+    if not len(rows): raise GalaxyDataError('there are no galaxies to look at: the validation set is empty; give probabilities `p` of the galaxies.')
+    found = doubtful([classes.index(str(c)) for c in catalog.label.iloc[rows]], p[rows], classes, most)
+    return found.assign(row=rows[found.row])
+
+# %% ../../nbs/53_widgets.relabel.ipynb #239d4bc3
+def _decided(journal, catalog, classes): # Row to decision; raises `GalaxyDataError` for the journal of another catalogue
+    known = journal.read()
+    for d in known.itertuples():
+        had = str(catalog.label.iloc[d.row]) if 0 <= d.row < len(catalog) else 'no such row'
+        if had != d.label:
+            raise GalaxyDataError(f'{journal.path} says that row {d.row} is labelled {d.label!r}, and this catalogue has {had!r}; it belongs to another one, so give another name.')
+        if d.decision and d.decision not in classes:
+            raise GalaxyDataError(f"{journal.path} has the class {d.decision!r} for row {d.row}, and the classes are {', '.join(classes)}; give another name.")
+    return dict(zip(known.row.tolist(), known.decision))
+
+# %% ../../nbs/53_widgets.relabel.ipynb #81dadb9d
+def _relabelled(
+    catalog:pd.DataFrame, # With a `label`
+    decisions:dict, # Row to class, or to an empty text where it could not be told
+    column:str='relabelled', # Name of the new labels
+)->pd.DataFrame: # The catalogue with this column, and `looked_at`
+    "A catalogue with new labels: as decided, and as they were where nothing was, or where it could not be told"
+    new = catalog.label.astype(object).to_numpy(copy=True)
+    for row, name in decisions.items(): new[row] = name or new[row]
+    return catalog.assign(**{column: new, 'looked_at': np.isin(np.arange(len(catalog)), list(decisions))})
 
 # %% ../../nbs/53_widgets.relabel.ipynb #ddc1466d
 class RelabelState(Speaking):
     "A list of galaxies, which of them is looked at, and what was decided"
     index = Int(0, help='Place in the list')
     decisions = Any(help='Row of the catalogue to class, or to an empty text where it cannot be told')
-    todo, p, classes, galaxies = None, None, (), None
 
     def __init__(self,
         galaxies, # A `GalaxySet`
@@ -103,35 +133,19 @@ class RelabelState(Speaking):
     ):
         super().__init__()
         self.galaxies, self.p, self.classes, self.journal = galaxies, np.asarray(p), tuple(map(str, classes)), Journal(journal)
-        rows = np.flatnonzero(np.isfinite(self.p).all(1))
-        if not len(rows): raise GalaxyDataError('there are no galaxies to look at: the validation set is empty; give probabilities `p` of the galaxies.')
-        y = [self.classes.index(str(c)) for c in galaxies.catalog.label.iloc[rows]]
-        todo = doubtful(y, self.p[rows], self.classes, most)
-        self.todo = todo.assign(row=rows[todo.row])
-        self.decisions = self._resumed()
+        self.todo = _to_look_at(galaxies.catalog, self.p, self.classes, most)
+        self.decisions = _decided(self.journal, galaxies.catalog, self.classes)
         self.index = next((i for i, r in enumerate(self.todo.row) if r not in self.decisions), len(self.todo) - 1)
 
-    def _resumed(self):
-        known = self.journal.read()
-        for d in known.itertuples():
-            had = str(self.galaxies.catalog.label.iloc[d.row]) if 0 <= d.row < len(self.galaxies) else 'no such row'
-            if had != d.label: raise GalaxyDataError(f'{self.journal.path} says that row {d.row} is labelled {d.label!r}, and this catalogue has {had!r}; it belongs to another one, so give another name.')
-            if d.decision and d.decision not in self.classes: raise GalaxyDataError(f"{self.journal.path} has the class {d.decision!r} for row {d.row}, and the classes are {', '.join(self.classes)}; give another name.")
-        return dict(zip(known.row.tolist(), known.decision))
+    current = property(lambda self: self.todo.iloc[self.index], doc='The galaxy looked at, as a row of `doubtful`')
 
     @property
-    def current(self): return self.todo.iloc[self.index] # The galaxy looked at, as a row of `doubtful`
-
-    @property
-    def prediction(self):
-        "What the network says about the galaxy looked at"
-        row = self.current.row
-        image = np.asarray(self.galaxies.picture(int(row)))/255
-        return Prediction(image, dict(zip(self.classes, self.p[row].tolist())), str(self.current.label))
+    def prediction(self): # What the network says about it
+        row = int(self.current.row)
+        return Prediction(np.asarray(self.galaxies.picture(row))/255, dict(zip(self.classes, self.p[row].tolist())), str(self.current.label))
 
     @observe('index')
-    def _check(self, change):
-        if not 0 <= self.index < len(self.todo): self.index = min(max(self.index, 0), len(self.todo) - 1)
+    def _check(self, change): self.index = min(max(self.index, 0), len(self.todo) - 1)
 
     def decide(self,
         name:str, # A class, or an empty text where it cannot be told
@@ -139,24 +153,12 @@ class RelabelState(Speaking):
         "Write the decision, and go on to the next galaxy"
         if name and name not in self.classes: raise GalaxyDataError(f"there is no class {name!r}; choose from {', '.join(self.classes)}")
         row = int(self.current.row)
-        self.journal.add(row, self._name(row), str(self.current.label), name)
+        self.journal.add(row, galaxy_name(self.galaxies.catalog, row), str(self.current.label), name)
         self.decisions = self.decisions | {row: name}
         self.index = min(self.index + 1, len(self.todo) - 1)
 
     def back(self): self.index = max(self.index - 1, 0)
-
-    def _name(self, row):
-        known = self.galaxies.catalog.iloc[row]
-        return str(next((known[c] for c in ('name', 'Name', 'file', 'id', 'ID') if c in known), row))
-
-    def relabelled(self,
-        column:str='relabelled', # Its name
-    )->pd.DataFrame: # The catalogue with this column, and `looked_at`
-        "The catalogue with a column of new labels: as decided, and as they were where nothing was, or where it could not be told"
-        table = self.galaxies.catalog.copy()
-        new = table.label.astype(object).to_numpy(copy=True)
-        for row, name in self.decisions.items(): new[row] = name or new[row]
-        return table.assign(**{column: new, 'looked_at': np.isin(np.arange(len(table)), list(self.decisions))})
+    def relabelled(self, column:str='relabelled'): return _relabelled(self.galaxies.catalog, self.decisions, column) # The catalogue with new labels
 
 # %% ../../nbs/53_widgets.relabel.ipynb #c421c9bf
 def relabel_figure(
@@ -191,6 +193,13 @@ def relabel_view(
     state.observe(draw, ['index', 'decisions']); state.observe(say, 'error'); draw(), say()
     return w.VBox([said, picture, w.HBox([*buttons.values(), *others], layout={'flex_flow': 'row wrap'}), line])
 
+# %% ../../nbs/53_widgets.relabel.ipynb #1865162b
+def _held_out(learn, n): # Probabilities `n x classes`, NaN for galaxies that were trained on
+    p = np.full((n, len(learn.dls.vocab)), np.nan)
+    if len(learn.dls.valid_ds):
+        with learn.no_bar(), learn.no_logging(): p[list(learn.dls.valid_ds.items)] = learn.get_preds()[0].numpy()
+    return p
+
 # %% ../../nbs/53_widgets.relabel.ipynb #465cd24f
 class Relabel(Shown):
     "Walk through the likeliest label errors and the galaxies that the network is least certain of"
@@ -220,9 +229,3 @@ class Relabel(Shown):
     )->Path:
         "Write the catalogue with a column of new labels"
         return write_table(self.table(column), path)
-
-def _held_out(learn, n): # Probabilities `n x classes`, NaN for galaxies that were trained on
-    p = np.full((n, len(learn.dls.vocab)), np.nan)
-    if len(learn.dls.valid_ds):
-        with learn.no_bar(), learn.no_logging(): p[list(learn.dls.valid_ds.items)] = learn.get_preds()[0].numpy()
-    return p

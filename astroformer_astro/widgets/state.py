@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stretches', 'sentence', 'attempt', 'Speaking', 'at_once', 'InThread', 'Superseded', 'Newest', 'fingerprint',
            'snapshot', 'Answers', 'galaxy_table', 'filter_columns', 'survey', 'Filters', 'passing', 'stretched_picture',
-           'Choices', 'Answer', 'answer_steps', 'GalaxiesState', 'ExplorerState']
+           'Choices', 'Answer', 'answer_steps', 'SurveyState', 'GalaxiesState', 'AnswerState', 'ExplorerState']
 
 # %% ../../nbs/50_widgets.state.ipynb #bce762c0
 import copy, inspect, threading, weakref
@@ -29,6 +29,7 @@ def sentence(
     "An exception as one line for the user"
     return str(e) if isinstance(e, (GalaxyDataError, ImportError)) else f'{type(e).__name__}: {e}'
 
+# %% ../../nbs/50_widgets.state.ipynb #92a1b151
 def attempt(
     ask, # Function without arguments
     problems:dict, # Gets a sentence if `ask` fails
@@ -55,6 +56,7 @@ def at_once(
     "Do all steps before returning: for scripts and tests"
     for _ in steps: pass
 
+# %% ../../nbs/50_widgets.state.ipynb #51c7817f
 class InThread:
     "Do the steps of several iterators in turn, in a thread of its own"
     def __init__(self):
@@ -120,6 +122,7 @@ def fingerprint(
     "A value that changes whenever the weights, the network or the calibration do"
     return id(learn.model), id(getattr(learn, 'loss_func', None)), _checksum(learn.model)
 
+# %% ../../nbs/50_widgets.state.ipynb #8e4e874f
 def snapshot(
     learn, # A `Learner`
 ): # What `Explainer` needs of one
@@ -163,6 +166,7 @@ def galaxy_table(
     nothing = pd.Series([None]*len(table), dtype=object)
     return table.assign(label=table.label.astype(object).where(table.label.notna(), None), predicted=nothing, confidence=np.nan, problem=nothing)
 
+# %% ../../nbs/50_widgets.state.ipynb #b9deca3f
 def filter_columns(
     table:pd.DataFrame, # As from `galaxy_table`
 )->list:
@@ -177,16 +181,19 @@ def _outputs(learn, items): # Probabilities, `N x classes`
     check_classes(learn.model, learn.dls.vocab, logits.shape[1])
     return getattr(learn.loss_func, 'activation', lambda x: x.softmax(-1))(logits).cpu().numpy()
 
+# %% ../../nbs/50_widgets.state.ipynb #5d51300e
 def _called_alone(explainer, item): # `(predicted, confidence, problem)`
     try: p = explainer.predict(item)
     except Exception as e: return None, np.nan, sentence(e)
     return p.predicted, p.probabilities[p.predicted], None
 
+# %% ../../nbs/50_widgets.state.ipynb #d3d95ed3
 def _called(explainer, items): # The same of each
     try: p = _outputs(explainer.learn, items)
     except Exception: return [_called_alone(explainer, i) for i in items]       # to find out which of them it was
     return [(explainer.learn.dls.vocab[row.argmax()], float(row.max()), None) for row in p]
 
+# %% ../../nbs/50_widgets.state.ipynb #2b1df352
 def survey(
     explainer, # Of a `snapshot`
     items:list, # As for `read_picture`
@@ -214,6 +221,7 @@ class Filters(HasTraits):
     @property
     def ask_the_network(self): return self.wrong or self.called is not None or tuple(self.confidence) != (0, 1)
 
+# %% ../../nbs/50_widgets.state.ipynb #e75dd806
 def passing(
     table:pd.DataFrame, # As from `galaxy_table`
     filters:Filters, # Or anything with its traits
@@ -239,6 +247,7 @@ stretches = 'as the network', 'linear', 'sqrt', 'asinh', 'log', 'lupton'
 def _raw(learn, item): # `C x H x W` before any transform of batches
     return learn.dls.test_dl([item], num_workers=0).dataset[0][0].as_subclass(torch.Tensor)
 
+# %% ../../nbs/50_widgets.state.ipynb #f0d89673
 def stretched_picture(
     learn, # A `Learner` whose loaders read images
     item, # As for `read_picture`, but no tensor
@@ -269,6 +278,7 @@ class Choices(Filters):
     head = Int(None, allow_none=True, help='Head of attention; the mean of all if `None`')
     query = Tuple(None, allow_none=True, help='`(y, x)` of an image pixel; the middle if `None`')
 
+# %% ../../nbs/50_widgets.state.ipynb #6fca507d
 @dataclass(eq=False)
 class Answer:
     "What is known about one galaxy under some choices"
@@ -281,31 +291,44 @@ class Answer:
     members:tuple=None # Classes in the conformal set
     problems:dict=field(default_factory=dict) # A sentence for each thing that cannot be had
 
+    @property
+    def said(self): # The problems in one line, each once; that a network has no attention is none of them
+        return '. '.join(dict.fromkeys(s.rstrip('.') for name, s in self.problems.items() if name != 'attention'))
+
 # %% ../../nbs/50_widgets.state.ipynb #a5231ee8
 def _place(asked, shown):
     if asked.refused: raise GalaxyDataError(asked.refused)
     if not 0 <= asked.index < len(shown): raise GalaxyDataError(f'there is no galaxy {asked.index}; {len(shown)} are shown, numbered from 0')
     return shown[asked.index]
 
+# %% ../../nbs/50_widgets.state.ipynb #163f760f
 def _attribution(answers, asked, place, method, progress):
     how = dict(method=method, target=asked.target, against=asked.against, baseline=asked.baseline)
     return answers('attribute', place, progress, **how, **(dict(stage=asked.stage) if asked.stage and method == 'grad_cam' else {}))
 
+# %% ../../nbs/50_widgets.state.ipynb #75e6d715
 def _beside(answers, asked, place, progress):
     if asked.beside is None: return None
     if asked.beside != 'pinned': return _attribution(answers, asked, place, asked.beside, progress)
     if asked.pinned is None: raise GalaxyDataError('no galaxy is pinned; pin one to compare others with it.')
     return _attribution(answers, asked, asked.pinned, asked.method, progress)
 
-def _attention(answers, asked, place):
-    maps = answers('attention', place)
-    maps.query(*(asked.query or (0, 0)), asked.block, asked.head)
-    return maps
+# %% ../../nbs/50_widgets.state.ipynb #add50989
+def _attention(answers, asked, place, problems): # Whether there is any, and then whether it has what is asked for
+    maps = attempt(lambda: answers('attention', place), problems, 'attention')
+    if maps is not None: attempt(lambda: maps.query(*(asked.query or (0, 0)), asked.block, asked.head), problems, 'query')
+    return None if 'query' in problems else maps
 
+# %% ../../nbs/50_widgets.state.ipynb #1175d677
 def _members(prediction, sets):
     if sets is None: return None
     held = sets(np.array([list(prediction.probabilities.values())]))[0]
     return tuple(c for c, inside in zip(prediction.probabilities, held) if inside)
+
+# %% ../../nbs/50_widgets.state.ipynb #303f00ec
+def _stretch(answers, a): # The answers that are remembered stay as they are
+    for name, place in dict(prediction=a.place, attribution=a.place, beside=a.asked.pinned if a.asked.beside == 'pinned' else a.place).items():
+        if (known := getattr(a, name)) is not None: setattr(a, name, replace(known, image=stretched_picture(answers.explainer.learn, answers.items[place], a.asked.stretch)))
 
 # %% ../../nbs/50_widgets.state.ipynb #af77570a
 def answer_steps(
@@ -328,22 +351,27 @@ def answer_steps(
     yield
     check()
     a.beside = attempt(lambda: _beside(answers, asked, a.place, progress), a.problems, 'comparison')
-    a.attention = attempt(lambda: _attention(answers, asked, a.place), a.problems, 'attention')
+    a.attention = _attention(answers, asked, a.place, a.problems)
     if asked.stretch != stretches[0]: attempt(lambda: _stretch(answers, a), a.problems, 'stretch')
     return a
 
-def _stretch(answers, a): # The answers that are remembered stay as they are
-    for name, place in dict(prediction=a.place, attribution=a.place, beside=a.asked.pinned if a.asked.beside == 'pinned' else a.place).items():
-        if (known := getattr(a, name)) is not None: setattr(a, name, replace(known, image=stretched_picture(answers.explainer.learn, answers.items[place], a.asked.stretch)))
-
 # %% ../../nbs/50_widgets.state.ipynb #6596504d
-class GalaxiesState(Choices, Speaking):
-    "Filters, and the galaxies that pass them"
-    shown = Tuple(help='Places in the list of items that pass the filters')
+class SurveyState(Choices, Speaking):
+    "The galaxies as a table, and what the network calls them"
     table = Any(help='As from `galaxy_table`; what the network calls the galaxies comes when it is needed')
     surveyed, surveying = Bool(help='Whether the network has gone through all galaxies'), Bool(help='Whether it is about to')
     progress = Float(help='How much of the work at hand is done, 0 to 1')
-    refused, mark, answers = '', None, None
+    mark, answers = None, None
+
+    def __init__(self,
+        learn, # A trained `Learner`
+        items=None, # What to look at; the validation set by default
+        run=at_once, # Does the work: `at_once`, or an `InThread`
+        explain=Explainer, # Makes an explainer of a snapshot of the learner
+    ):
+        super().__init__()
+        self.learn, self.run, self.explain, self.work, self.all_work = learn, run, explain, Newest(run), Newest(run)
+        self.items = list((learn.dls.valid_ds.items if len(learn.dls.loaders) > 1 else []) if items is None else items)
 
     def survey(self):
         "Have the network go through all galaxies, unless it has"
@@ -363,10 +391,20 @@ class GalaxiesState(Choices, Speaking):
         if not 0 <= share - self.progress < .02: self.progress = share
 
     def _take_survey(self, found):
-        predicted, confidence, problem = zip(*found)
-        self.table = self.table.assign(predicted=pd.Series(predicted, dtype=object), confidence=confidence, problem=pd.Series(problem, dtype=object))
-        self.surveyed, self.surveying, self.progress = True, False, 0.
-        if self.ask_the_network: self._filter()
+        predicted, confidence, problem = (pd.Series(told, dtype=object) for told in zip(*found))
+        self.table = self.table.assign(predicted=predicted, confidence=confidence.astype(float), problem=problem)
+        self.surveying, self.progress, self.surveyed = False, 0., True
+
+# %% ../../nbs/50_widgets.state.ipynb #9d5b7e1d
+class GalaxiesState(SurveyState):
+    "Filters, and the galaxies that pass them"
+    shown = Tuple(help='Places in the list of items that pass the filters')
+    busy = Bool(help='An answer is on its way')
+    refused = ''
+
+    def update(self, change=None):
+        "Begin again, if the network is another than before"
+        if self._look_again(): self._filter()
 
     @observe(*Filters.class_trait_names())
     def _filter(self, change=None):
@@ -377,40 +415,18 @@ class GalaxiesState(Choices, Speaking):
         if self.index: self.index = 0
         else: self.update()
 
+    @observe('surveyed')
+    def _filter_at_last(self, change):
+        if self.surveyed and self.ask_the_network: self._filter()
+
 # %% ../../nbs/50_widgets.state.ipynb #a24b720e
-class ExplorerState(GalaxiesState):
-    "Choices, and the answer that belongs to them: set the former, read the latter"
+class AnswerState(GalaxiesState):
+    "Choices, and the answer that belongs to them"
     answer = Any(help='`Answer` to the choices')
-    busy = Bool(help='An answer is on its way')
+    fitted_sets = None
     prediction = property(lambda self: self.answer.prediction)
     attribution = property(lambda self: self.answer.attribution)
     attention = property(lambda self: self.answer.attention)
-
-    def __init__(self,
-        learn, # A trained `Learner`
-        items=None, # What to look at; the validation set by default
-        sets:ConformalSets=None, # By default those of `calibrate`
-        run=at_once, # Does the work: `at_once`, or an `InThread`
-        explain=Explainer, # Makes an explainer of a snapshot of the learner
-    ):
-        super().__init__()
-        self.learn, self.sets, self.run, self.explain = learn, sets, run, explain
-        self.items = list((learn.dls.valid_ds.items if len(learn.dls.loaders) > 1 else []) if items is None else items)
-        self.work, self.all_work = Newest(run), Newest(run)
-        self.update()
-
-    @property
-    def fitted_scaling(self): return current_scaling(self.learn) if hasattr(self.learn, 'loss_func') else None
-
-    @property
-    def fitted_sets(self):
-        if self.sets is not None: return self.sets
-        known = getattr(self.fitted_scaling, 'sets', None)
-        return ConformalSets.from_dict(known) if known else None
-
-    def next(self): self.index = min(self.index + 1, max(0, len(self.shown) - 1))
-    def previous(self): self.index = max(self.index - 1, 0)
-    def pin(self): self.pinned, self.beside = self.answer.place, 'pinned'
 
     @observe(*(set(Choices.class_trait_names()) - set(Filters.class_trait_names())))
     def update(self, change=None):
@@ -424,7 +440,7 @@ class ExplorerState(GalaxiesState):
         self.work.ask(work, self._take, self._take_failure)
 
     def _take(self, answer):
-        self.tell('. '.join(s.rstrip('.') for name, s in answer.problems.items() if name != 'attention'))
+        self.tell(answer.said)
         self.answer = answer         # those who draw it may have more to tell
         self.busy, self.progress = False, 0.
 
@@ -439,3 +455,30 @@ class ExplorerState(GalaxiesState):
     def wait(self):
         "Return when the answer is there"
         getattr(self.run, 'wait', lambda: None)()
+
+# %% ../../nbs/50_widgets.state.ipynb #11d47f9b
+class ExplorerState(AnswerState):
+    "Choices, and the answer that belongs to them: set the former, read the latter"
+    def __init__(self,
+        learn, # A trained `Learner`
+        items=None, # What to look at; the validation set by default
+        sets:ConformalSets=None, # By default those of `calibrate`
+        run=at_once, # Does the work: `at_once`, or an `InThread`
+        explain=Explainer, # Makes an explainer of a snapshot of the learner
+    ):
+        super().__init__(learn, items, run, explain)
+        self.sets = sets
+        self.update()
+
+    @property
+    def fitted_scaling(self): return current_scaling(self.learn) if hasattr(self.learn, 'loss_func') else None
+
+    @property
+    def fitted_sets(self):
+        if self.sets is not None: return self.sets
+        known = getattr(self.fitted_scaling, 'sets', None)
+        return ConformalSets.from_dict(known) if known else None
+
+    def next(self): self.index = min(self.index + 1, max(0, len(self.shown) - 1))
+    def previous(self): self.index = max(self.index - 1, 0)
+    def pin(self): self.pinned, self.beside = self.answer.place, 'pinned'
