@@ -231,6 +231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'astroformer_astro.curves.Curves.__init__': ( 'curves.html#curves.__init__',
                                                                                         'astroformer_astro/curves.py'),
                                           'astroformer_astro.curves.Curves.after_epoch': ( 'curves.html#curves.after_epoch',
+                                                                                           'astroformer_astro/curves.py'),
+                                          'astroformer_astro.curves.Curves.after_train': ( 'curves.html#curves.after_train',
                                                                                            'astroformer_astro/curves.py')},
             'astroformer_astro.data.augment': { 'astroformer_astro.data.augment.BandDropout': ( 'data.augment.html#banddropout',
                                                                                                 'astroformer_astro/data/augment.py'),

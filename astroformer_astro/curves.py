@@ -12,8 +12,10 @@ from fastai.callback.core import Callback
 class Curves(Callback):
     "Keep training loss, loss on held-out galaxies and metrics, a row an epoch, of all fits of a learner"
     order = 60
-    def __init__(self): self.values, self.names = [], []
+    def __init__(self): self.values, self.names, self.trained = [], [], False
+    def after_train(self): self.trained = True
     def after_epoch(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        if hasattr(self.learn, 'lr_finder') or not self.trained: return
+        self.trained = False
         self.names = list(self.recorder.metric_names[3:-1])
         self.values.append(list(self.recorder.values[-1]))

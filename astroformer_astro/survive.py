@@ -394,6 +394,7 @@ def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or isinstance(e,
 @patch
 def _halve(self:MemoryGuard, learn):
     dl, bs = learn.dl, -(-learn.dl.bs//2)
+    if num_distrib() > 1: raise GalaxyDataError(f'{learn.dl.bs} galaxies at a time do not fit into the memory of process {rank_distrib()}; give a smaller bs.')       # the others would wait
     if dl.bs == 1: raise GalaxyDataError('a single galaxy does not fit into memory; take a smaller network, or smaller cut-outs.')
     _let_go(learn)
     print(f"out of memory with {dl.bs} galaxies at a time: going on with {bs}" + (f', {_galaxies_a_step(learn)} a step as before; BatchNorm sees the smaller batches' if learn.training else ' in validation'))

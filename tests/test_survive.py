@@ -254,3 +254,18 @@ codes.append(child('{survey}', out + '/end.pt', 'one_cycle', cbs=[*survive(out, 
 state = torch.load(out + '/checkpoint.pt', weights_only=True)
 print(json.dumps(codes + [state['train_iter'], len(state['callbacks']['recorder']['values']['losses'])]))'''
     assert run(code)[0] == [1, 0, 24, 24]               # six smaller batches in each of four epochs
+
+
+def test_memory_that_runs_out_in_one_of_several_processes_stops_them(survey, tmp_path):
+    "Another batch size in one process alone would leave the others waiting"
+    code = f'''
+from astroformer_astro import survive as module
+from astroformer_astro.core import GalaxyDataError
+class Full(Callback):
+    def after_pred(self): raise torch.OutOfMemoryError('out of memory')
+module.num_distrib, module.rank_distrib = (lambda: 2), (lambda: 1)
+learn = Learner(GalaxyDataLoaders.from_hdf5('{survey}', size=32, bs=16, progress=False, device='cpu'), astroformer('astroformer_nano', img_size=32), CrossEntropyLossFlat())
+try:
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[module.MemoryGuard(), Full()])
+except GalaxyDataError as e: print(json.dumps(str(e)))'''
+    assert run(code)[0] == '16 galaxies at a time do not fit into the memory of process 1; give a smaller bs.'
