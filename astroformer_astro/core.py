@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['galaxy10_classes', 'galaxy10_counts', 'short_name', 'GalaxyDataError', 'seed_everything', 'best_device',
-           'device_name', 'announce_device', 'require', 'atomic_path']
+           'device_name', 'announce_device', 'require', 'atomic_path', 'bar']
 
 # %% ../nbs/00_core.ipynb #816ee04b
 import errno, importlib, os, platform, random, re
@@ -133,3 +133,14 @@ def _runs(pid):
     except ProcessLookupError: return False
     except PermissionError: pass
     return True
+
+# %% ../nbs/00_core.ipynb #ad010810
+def bar(
+    steps, # What to go through
+    show:bool, # Show a progress bar
+    total=None, # Number of steps where `steps` does not say
+):
+    "`steps` behind a progress bar, or as they are: fastprogress leaves a mark in terminals even when it is told not to show"
+    if not show: return steps
+    from fastprogress.fastprogress import progress_bar      # here, so that asking for help does without it
+    return progress_bar(steps, total=total, leave=False)

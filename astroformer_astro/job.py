@@ -24,14 +24,14 @@ from .device import choose_precision
 from .interpret.attribution import Explainer
 from .interpret.plot import plot_explanation
 from .learner import astroformer_learner, augmentations, evaluate, load_astroformer_learner, optimisers
-from .metrics import plot_confused
+from .metrics import plot_confused, summary_metrics
 from .models.astroformer import model_cfgs
 from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .parallel import data_parallel, first_then_others, join_processes, one_process
 from .predict import write_table
 from .recipe import name_and_fields, recipe as make_recipe, recipe_said, training_stages
 from .record import (Pictures, batches_said, calibration_said, curve_table, fields_said, held_out, logs, run_config,
-                                      run_environment, run_folder, run_loggers, summary, with_intervals, write_json, write_record)
+                                      run_environment, run_folder, run_loggers, with_intervals, write_json, write_record)
 from .report import (counted, plot_class_table, plot_curves, plot_samples, readable_coverage, readable_table,
                                       write_report)
 from .survive import survive
@@ -327,7 +327,7 @@ def judge(
 # %% ../nbs/57_job.ipynb #52b4fb9e
 def _scored(learn, galaxies=None):
     found = evaluate(learn, galaxies)
-    return summary(found['y'], found['p'])
+    return summary_metrics(found['y'], found['p'])
 
 # %% ../nbs/57_job.ipynb #5494d96a
 def second_survey(job, weights, new): # Scores on held-out galaxies of survey b, `before` and `after`
@@ -379,7 +379,7 @@ def _facts(job, learn, found, origin, frozen, seconds):
             'recipe': f'{recipe_said(learn.recipe)} ({fields_said(learn.recipe)})', 'batches': batches_said(learn), 'loss': _loss(learn),
             'calibration': repr(found.scaling) if found.scaling else 'none',
             'seeds': f'{job.seed} for weights, order and augmentation, {job.split_seed} for the split',
-            'intervals': '95 %, of scores by stratified bootstrap, of completeness, purity and coverage by the formula of Wilson, '
+            'intervals': '95 %, of accuracy, completeness, purity and coverage by the formula of Wilson, of other scores by stratified bootstrap, '
                          'from the number of galaxies alone; they know nothing of wrong labels',
             'software': ', '.join(f'{k} {v}' for k, v in machine['packages'].items()) + f", Python {machine['python']}",
             'machine': f"{machine['device']}, {counted(machine['processes'], 'process', 'processes')}, {learn.precision} precision",
@@ -388,7 +388,7 @@ def _facts(job, learn, found, origin, frozen, seconds):
 # %% ../nbs/57_job.ipynb #451191b9
 def _sentence(m):
     low, high = m['accuracy_95']
-    return (f"accuracy {m['accuracy']:.3f} (bootstrap 95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, "
+    return (f"accuracy {m['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, "
             f"on {counted(m['n'], 'galaxy', 'galaxies')}; always answering the commonest class gives accuracy {m['commonest_accuracy']:.3f}, "
             f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}.")
 
@@ -408,8 +408,8 @@ def _calibration_parts(found, why):
 _held_out = """The network was not trained on these galaxies, and but for the calibration, of which more below, nothing in this run
 was chosen by how it did on them: not the number of epochs, nor which weights were kept. Completeness is the share of a class that
 was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of
-the classes. The intervals of the scores are of a stratified bootstrap, where those of the calibration errors,
-ECE, lean upwards; those of completeness and purity are by Wilson's formula."""
+the classes. The intervals of accuracy, completeness and purity are by Wilson's formula; those of the other scores are of a
+stratified bootstrap, where those of the calibration errors, ECE, lean upwards."""
 
 _how_confused = """Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and
 its most confident galaxies. What stands off the diagonal may be the network at fault, or the label."""
@@ -428,7 +428,7 @@ went by, not that it was right to."""
 # %% ../nbs/57_job.ipynb #cfa3f35d
 def _sections(job, learn, found, why, origin, frozen, left_out, fresh, second, cases):
     curves, galaxies = plot_curves(learn.curves.values, learn.curves.names, frozen), learn.dls.galaxies
-    yield 'In short', ['Of held-out galaxies: ' + _sentence(summary(found.y, found.p)), calibration_said(found, why)]
+    yield 'In short', ['Of held-out galaxies: ' + _sentence(summary_metrics(found.y, found.p)), calibration_said(found, why)]
     yield 'The galaxies', [*galaxies.summary().split('\n')[:2], *([left_out] if left_out else []), plot_samples(galaxies)]
     yield 'Training', [origin, curves]
     yield 'Held-out galaxies', [_held_out, with_intervals(found.scores), plot_class_table(found.table), readable_table(found.table),
@@ -466,7 +466,7 @@ def _elsewhere(job, learn, new, say):
 # %% ../nbs/57_job.ipynb #1d95597f
 def _results(job, learn, found, fresh, second, facts):
     table = lambda t: None if t is None else json.loads(t.to_json(orient='index'))
-    return dict(job=job, held_out=summary(found.y, found.p), scores=table(found.scores), classes=table(found.table), coverage=table(found.coverage),
+    return dict(job=job, held_out=summary_metrics(found.y, found.p), scores=table(found.scores), classes=table(found.table), coverage=table(found.coverage),
                 fresh=fresh, second=second, epochs=curve_table(learn).to_dict('records'), made=facts)
 
 # %% ../nbs/57_job.ipynb #80dce3c3
@@ -489,9 +489,9 @@ def _finish(job, old, learn, frozen, left_out, new, say, start):
     "Everything after the training, into the folder `new`"
     found, why = judge(job, learn)
     origin, title = _origin(job, old, learn.dls.vocab), _title(job, learn.dls.galaxies)
-    print('      held out: ' + _sentence(summary(found.y, found.p)) + '\n      ' + calibration_said(found, why))
+    print('      held out: ' + _sentence(summary_metrics(found.y, found.p)) + '\n      ' + calibration_said(found, why))
     notes = dict(command=f'`{_command(job)}`', origin=origin)
-    kept = dict(job=asdict(job), recipe=asdict(learn.recipe), metrics=summary(found.y, found.p))
+    kept = dict(job=asdict(job), recipe=asdict(learn.recipe), metrics=summary_metrics(found.y, found.p))
     write_record(learn, new, found, title, frozen, notes, why, split=dict(seed=job.split_seed), **kept)
     write_json(new/'job.json', job)
     fresh, second = _elsewhere(job, learn, new, say) if job.simulated else (None, None)

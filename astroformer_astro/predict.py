@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from .calibration import ConformalSets, _in_orientations, current_scaling
-from .core import GalaxyDataError, atomic_path
+from .core import GalaxyDataError, atomic_path, bar
 from .data.fits import FitsReader, fits_columns
-from .data.images import PictureReader, bar, check_columns, read_images, read_table
+from .data.images import PictureReader, check_columns, read_images, read_table
 from .learner import load_astroformer_learner
 from .models.astroformer import Astroformer
 from .models.inference import for_inference

@@ -20,7 +20,7 @@ from .calibration import (ConformalSets, Scaling, _folds, _outputs, calibration_
                                            fit_conformal, fit_scaling, plot_reliability)
 from .core import GalaxyDataError, _runs, atomic_path, device_name, require
 from .data.sky import _arcsec_said, cite_split, save_split
-from .metrics import class_table, plot_confused, score_table, summary_metrics
+from .metrics import _ratio, class_table, plot_confused, score_table
 from .models.astroformer import Astroformer
 from .models.checkpoint import save_astroformer
 from .picture import to_png
@@ -144,10 +144,11 @@ def write_split(path, dls, **notes):
     except GalaxyDataError: return save_split(path, dls.catalog.assign(place=range(len(dls.catalog))), parts, id_column='place', **notes)
 
 # %% ../nbs/56_record.ipynb #896d4df8
-def summary(y, p):
-    "`summary_metrics`, with the bootstrap's interval of the accuracy as in `score_table`"
-    low, high = score_table(y, p, ['accuracy']).loc['accuracy', ['bootstrap_95_low', 'bootstrap_95_high']]
-    return summary_metrics(y, p) | dict(accuracy_95=[low, high], intervals='stratified bootstrap')
+def scored(y, p):
+    "`score_table` with the intervals `95_low` and `95_high`: of shares by Wilson's formula, of other scores by stratified bootstrap"
+    t = score_table(y, p).rename(columns=lambda c: c.removeprefix('bootstrap_'))
+    for s in 'accuracy', 'top_2': t.loc[s, ['95_low', '95_high']] = _ratio(t.value[s]*len(y), len(y))[1]
+    return t
 
 # %% ../nbs/56_record.ipynb #478738aa
 @dataclass
@@ -164,9 +165,9 @@ class HeldOut:
     def table(self): return class_table(self.y, self.p, self.classes)
 
     @cached_property
-    def scores(self): # A row a score, with its bootstrap interval; and the same before calibration
-        found = score_table(self.y, self.p)
-        return found if self.before is None else pd.concat([found, score_table(self.y, self.before).add_suffix('_uncalibrated')], axis=1)
+    def scores(self): # A row a score, as of `scored`; and the same before calibration
+        found = scored(self.y, self.p)
+        return found if self.before is None else pd.concat([found, scored(self.y, self.before).add_suffix('_uncalibrated')], axis=1)
 
     @cached_property
     def coverage(self): # As of `coverage_table`, for all and for each class
@@ -259,7 +260,7 @@ def _markdown(table, digits=3):
 # %% ../nbs/56_record.ipynb #39549f5e
 def with_intervals(t): # Of `HeldOut.scores`, as text
     def told(end=''):
-        columns = [f'{c}{end}' for c in ('value', 'bootstrap_95_low', 'bootstrap_95_high')]
+        columns = [f'{c}{end}' for c in ('value', '95_low', '95_high')]
         return [f'{v:.3f} ({low:.3f} to {high:.3f})' for v, low, high in t[columns].to_numpy()]
     columns = {'value (95 % interval)': told()} | ({'before calibration': told('_uncalibrated')} if 'value_uncalibrated' in t else {})
     return pd.DataFrame(columns, index=pd.Index([_names.get(s, s.replace('_', ' ')) for s in t.index], name='score'))
@@ -323,8 +324,8 @@ def _card(learn, found, title, split, notes, why):
     recipe = {'recipe': f'{recipe_said(learn.recipe)} ({fields_said(learn.recipe)})'} if hasattr(learn, 'recipe') else {}
     made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(batches=batches_said(learn), made=_now())).items()]
     made.append('- versions and machine are in `environment.json`, every setting is in `config.json`')
-    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with 95 % intervals: of the scores by a stratified bootstrap, "
-              "where those of the calibration errors, ECE, lean upwards; of completeness and purity by Wilson's formula.",
+    scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with 95 % intervals: of accuracy, completeness and purity by Wilson's formula, "
+              "of the other scores by a stratified bootstrap, where those of the calibration errors, ECE, lean upwards.",
               _markdown(with_intervals(found.scores)), _markdown(readable_table(found.table)), '![confusion](confusion.png)']
     sure = [calibration_said(found, why)]
     if found.sets is not None: sure.append(_markdown(readable_coverage(found.coverage)))

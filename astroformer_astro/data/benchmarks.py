@@ -18,11 +18,11 @@ import h5py, numpy as np, pandas as pd, torch
 from fastcore.meta import delegates
 from PIL import Image
 from torchvision import datasets
-from ..core import GalaxyDataError, atomic_path, galaxy10_classes, galaxy10_counts, require
+from ..core import GalaxyDataError, atomic_path, bar, galaxy10_classes, galaxy10_counts, require
 from .augment import affine, dihedral, resample
 from .block import GalaxyDataLoaders
 from .hdf5 import check_layout, read_hdf5
-from .images import GalaxySet, bar, check_whole, pixel_store, to_cutout
+from .images import GalaxySet, check_whole, pixel_store, to_cutout
 from .tensor import TensorGalaxy
 from fastai.vision.data import DisplayedTransform
 

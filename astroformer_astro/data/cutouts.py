@@ -20,8 +20,8 @@ from astropy.coordinates import Angle, Latitude, Longitude
 from astropy.io import fits
 from fastcore.meta import delegates
 from PIL import Image
-from ..core import GalaxyDataError, atomic_path, require
-from .images import bar, check_columns, check_number, check_whole, position_columns, read_table
+from ..core import GalaxyDataError, atomic_path, bar, require
+from .images import check_columns, check_number, check_whole, position_columns, read_table
 
 # %% ../../nbs/16_data.cutouts.ipynb #a21e6a00
 def viewer_url(

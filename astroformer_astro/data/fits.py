@@ -26,8 +26,8 @@ from astropy.stats import sigma_clipped_stats
 from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 from scipy import ndimage
-from ..core import GalaxyDataError, from_settings, require
-from .images import GalaxySet, _begins, _plain, _rows_of, bar, check_columns, check_number, check_whole, file_paths, look_over, open_catalog, pixel_store, position_columns, read_table, usable_rows, with_position
+from ..core import GalaxyDataError, bar, from_settings, require
+from .images import GalaxySet, _begins, _plain, _rows_of, check_columns, check_number, check_whole, file_paths, look_over, open_catalog, pixel_store, position_columns, read_table, usable_rows, with_position
 from .stretch import Stretch, blue_to_red, filter_pattern, microns, wavelength
 
 # %% ../../nbs/12_data.fits.ipynb #a7ca7ecb

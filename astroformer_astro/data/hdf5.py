@@ -16,8 +16,8 @@ from math import ceil, prod
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
-from ..core import GalaxyDataError, atomic_path, galaxy10_classes, short_name
-from .images import GalaxySet, _first, _named, _wrong_numbers, bar, blank_rows, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
+from ..core import GalaxyDataError, atomic_path, bar, galaxy10_classes, short_name
+from .images import GalaxySet, _first, _named, _wrong_numbers, blank_rows, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
 
 # %% ../../nbs/11_data.hdf5.ipynb #a95748d8
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_cutout', 'read_image', 'PixelRows', 'GalaxySet', 'blank_rows', 'pixel_store', 'position_columns', 'read_table',
-           'check_whole', 'check_number', 'check_columns', 'bar', 'PictureReader', 'read_images', 'open_catalog',
+           'check_whole', 'check_number', 'check_columns', 'PictureReader', 'read_images', 'open_catalog',
            'unusable_rows', 'class_names', 'look_over', 'usable_rows', 'read_catalog']
 
 # %% ../../nbs/10_data.images.ipynb #0646856d
@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from PIL import Image, UnidentifiedImageError
-from fastprogress.fastprogress import progress_bar
-from ..core import GalaxyDataError
+from ..core import GalaxyDataError, bar
 
 # %% ../../nbs/10_data.images.ipynb #023b0dc7
 def to_cutout(
@@ -262,15 +261,6 @@ def check_columns(
     for c in columns:
         if not isinstance(c, (str, int)): raise GalaxyDataError(f'a column of {source} is called {_short(c)}; give a name.')
         if c not in df: raise GalaxyDataError(f"{source} has no column {c!r}; it has {', '.join(map(repr, df.columns))}.")
-
-# %% ../../nbs/10_data.images.ipynb #ad010810
-def bar(
-    steps, # What to go through
-    show:bool, # Show a progress bar
-    total=None, # Number of steps where `steps` does not say
-):
-    "`steps` behind a progress bar, or as they are: fastprogress leaves a mark in terminals even when it is told not to show"
-    return progress_bar(steps, total=total, leave=False) if show else steps
 
 # %% ../../nbs/10_data.images.ipynb #842a6cd3
 class PictureReader:

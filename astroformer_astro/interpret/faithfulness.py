@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np, pandas as pd, torch
-from fastprogress import progress_bar
 from scipy.integrate import trapezoid
 from scipy.ndimage import gaussian_filter, shift as shifted
 from scipy.stats import rankdata
-from ..core import GalaxyDataError, atomic_path, require
+from ..core import GalaxyDataError, atomic_path, bar, require
 from .attention import attention_relevance, frozen
 from .attribution import (_enlarged, _probabilities, _standardise, attribution_baselines, attribution_methods, default_method, network_stages, picture_logits,
                                                      read_picture, valid_methods)
@@ -378,7 +377,7 @@ def method_scores(
     explainers, began, rows, forgets = _methods(methods or valid_methods(learn.model), baseline), time.perf_counter(), [], checks if forgets is None else forgets
     if not len(items): raise GalaxyDataError('no galaxies were given to judge explanations on; give some that the network was not trained on.')
     quick, others = _folded(learn), dict(randomised=_shuffled(learn, shuffles, seed), relabelled=[_folded(relabelled)] if relabelled else [])
-    for i, item in enumerate(progress_bar(items, display=progress)):
+    for i, item in enumerate(bar(items, progress)):
         if seconds and i and time.perf_counter() - began > seconds: break
         x = read_picture(learn, item)
         start, target = attribution_baselines[baseline](x), _targets(learn, [x])[0]

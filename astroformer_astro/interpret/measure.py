@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from astropy.io import fits
 from astropy.wcs import WCS
-from fastprogress import progress_bar
 from scipy.ndimage import map_coordinates
-from ..core import GalaxyDataError, atomic_path
+from ..core import GalaxyDataError, atomic_path, bar
 from .attribution import Attribution, Explainer, _checksum
 from .shape import GalaxyShape, galaxy_shape
 
@@ -311,7 +310,7 @@ def attribution_table(
     writers = {'.parquet': pd.DataFrame.to_parquet, '.csv': pd.DataFrame.to_csv}
     if out and Path(out).suffix not in writers: raise GalaxyDataError(f"{out} ends in {Path(out).suffix!r}; a table is written as {' or '.join(writers)}.")
     items = list(items)
-    table = pd.DataFrame([row for row, _ in progress_bar(measured_maps(explainer, items, **asked), total=len(items), display=progress)], columns=None if items else ['item'])
+    table = pd.DataFrame([row for row, _ in bar(measured_maps(explainer, items, **asked), progress, len(items))], columns=None if items else ['item'])
     table = table.assign(problem=table.get('problem'))
     if items and table.problem.notna().all(): raise GalaxyDataError(f'none of the {len(items)} galaxies could be measured; of the first: {table.problem[0]}')
     if out:
