@@ -103,7 +103,7 @@ def _honesty(learn, seed, coverage=.9):
     sets = dict(coverage=coverage, expected_95=coverage_range(coverage, half.sum(), (~half).sum()))
     for kind, by_class in dict(all=False, by_class=True).items():
         fitted = fit_conformal(p[half], y[half], coverage, by_class=by_class)
-        held = fitted(p[~half])          # whole sets, as `predict_catalog` gives them: they hold the class a little more often
+        held = fitted(p[~half])
         sets[kind] = coverage_table(y[~half], held, names[y[~half]]).reset_index(names='galaxies').to_dict('records')
     return dict(calibration=record, sets=sets)
 

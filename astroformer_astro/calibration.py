@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reliability_table', 'ece_null', 'calibration_test', 'plot_reliability', 'Scaling', 'fit_scaling', 'cross_calibrate',
            'ConformalSets', 'fit_conformal', 'coverage_table', 'coverage_range', 'ForgetCalibration', 'use_scaling',
-           'current_scaling', 'training_lean', 'calibrate', 'Opinions', 'MCDropout', 'Orientations', 'ensemble_predict']
+           'current_scaling', 'calibrate', 'Opinions', 'MCDropout', 'Orientations', 'ensemble_predict']
 
 # %% ../nbs/31_calibration.ipynb #c4d4082f
 import copy, warnings
@@ -25,6 +25,7 @@ from .core import GalaxyDataError, from_settings
 from .data.augment import dihedral
 from .data.sky import _deal
 from .metrics import _ratio, _ready, bin_column, ece, galaxy_scores, nll
+from .models.checkpoint import training_lean
 from .models.equivariance import D4Average
 from .picture import Picture
 from fastai.callback import progress # gives a `Learner` its `no_bar`
@@ -63,12 +64,12 @@ def calibration_test(
     n:int=1000, # Simulations
     seed:int=0, # Decides the classes
     score=ece, # Calibration error, a function of class numbers and probabilities
-)->dict: # `error`; `expected_95`, where 95 % of perfect classifiers are; `p_value`, the share of them at least as bad; `distinguishable` below 0.05
+)->dict: # `error`; `expected_95`, where 95 % of perfect classifiers are; `p_value`, the share of them at least as bad; `distinguishable` above `expected_95`
     "Whether these galaxies can tell the probabilities from perfectly calibrated ones"
     null, error = ece_null(p, n, seed, score), float(score(y, p))
     low, high = np.quantile(null, (.025, .975))
     share = (1 + int((null >= error).sum()))/(n + 1)
-    return dict(error=error, expected_95=(float(low), float(high)), p_value=share, distinguishable=share < .05)
+    return dict(error=error, expected_95=(float(low), float(high)), p_value=share, distinguishable=error > high)
 
 # %% ../nbs/31_calibration.ipynb #b078dac5
 def _draw_reliability(ax, below, y, p, title, bins):
@@ -210,6 +211,9 @@ def cross_calibrate(
         q[own] = fit_scaling(x[~own], y[~own], kind, class_weights=class_weights)(torch.from_numpy(x[own])).numpy()
     return q
 
+# %% ../nbs/31_calibration.ipynb #8be8fd7d
+def _within(p, randomised, seed): return check_random_state(seed).uniform(size=(len(p), 1)) if randomised else 1. # Where within the jumps
+
 # %% ../nbs/31_calibration.ipynb #869c5607
 @dataclass
 class ConformalSets:
@@ -222,8 +226,7 @@ class ConformalSets:
     n:int=0 # Galaxies they were fitted to
 
     def __call__(self, p, randomised=False, seed=1): # Whether each class is in the set, `N x classes`
-        u = check_random_state(seed).uniform(size=(len(p), 1)) if randomised else 1.
-        return self.scores(p, u) <= np.array(self.thresholds) + 1e-12
+        return self.scores(p, _within(p, randomised, seed)) <= np.array(self.thresholds) + 1e-12
 
     def scores(self, p, u): # Strangeness of each class; `u` is where within the jump of `aps`, `N x 1` of 0 to 1
         p = np.asarray(p, float)
@@ -245,7 +248,8 @@ def fit_conformal(
     coverage:float=.9, # How often the sets should hold the true class
     method:str='aps', # `lac`, `aps` or `raps`
     by_class:bool=False, # A threshold for each class, so that each is covered that often
-    seed:int=0, # Of the random points of `aps` and `raps`
+    seed:int=0, # Decides the points of `randomised`
+    randomised:bool=False, # A random point within the jumps of `aps` and `raps`, for sets that are made so
     **kwargs, # `lam` and `k_reg` of `raps`
 )->ConformalSets:
     "Split-conformal sets; raises `GalaxyDataError` for settings that cannot be"
@@ -253,7 +257,7 @@ def fit_conformal(
     if method not in ('lac', 'aps', 'raps'): raise GalaxyDataError(f'no conformal score is called {method!r}; there are lac, aps and raps.')
     if not 0 < coverage < 1: raise GalaxyDataError(f'the coverage is {coverage}; give a share between 0 and 1.')
     sets = ConformalSets(method, coverage, n=len(y), **kwargs)
-    s = sets.scores(p, check_random_state(seed).uniform(size=(len(p), 1)))[np.arange(len(y)), y]
+    s = sets.scores(p, _within(p, randomised, seed))[np.arange(len(y)), y]
     sets.thresholds = tuple(_threshold(s[y == k], coverage) for k in range(p.shape[1])) if by_class else (_threshold(s, coverage),)
     return sets
 
@@ -343,19 +347,6 @@ def current_scaling(
     found = getattr(learn.loss_func, 'activation', None)
     return found if isinstance(found, Scaling) else None
 
-# %% ../nbs/31_calibration.ipynb #be601bfe
-def training_lean(
-    learn, # A `Learner`
-)->np.ndarray: # `classes`, 1 on average; `None` where all classes count alike
-    "How much each class counts in training, over how often it is there: its weight in the loss, times how often the loader draws its galaxies"
-    lean, loss = np.ones(len(learn.dls.vocab)), getattr(learn.loss_func, 'func', learn.loss_func)         # fastai wraps PyTorch's losses
-    if isinstance(weight := getattr(loss, 'weight', None), torch.Tensor): lean = lean*weight.double().cpu().numpy()
-    if getattr(learn.dls.train, 'weights', None) is not None:
-        y = np.array([list(learn.dls.vocab).index(l) for l in learn.dls.catalog.label.iloc[list(learn.dls.train_ds.items)]])
-        n = np.bincount(y, minlength=len(lean))
-        lean = lean*np.where(n > 0, np.bincount(y, learn.dls.train.weights, len(lean))/np.maximum(n, 1), 1)
-    return None if np.ptp(lean) < 1e-6*lean.max() else lean/lean.mean()
-
 # %% ../nbs/31_calibration.ipynb #b0cddaf4
 @contextmanager
 def _in_orientations(learn, all_eight=True):
@@ -366,6 +357,7 @@ def _in_orientations(learn, all_eight=True):
     finally: learn.model = model
 
 def _outputs(learn, dl, orientations=False):
+    if dl is None and not len(getattr(learn.dls, 'catalog', [0])): raise GalaxyDataError('this learner was loaded without galaxies; load it with some (galaxies=), or give labelled ones (dl=).')
     with learn.no_bar(), learn.no_logging(), _in_orientations(learn, orientations): x, y = learn.get_preds(dl=dl, act=lambda x: x)
     if y is None: raise GalaxyDataError('these galaxies have no classes; calibrate on labelled ones.')
     return x.double().numpy(), y.numpy()
@@ -385,7 +377,7 @@ def calibrate(
     learn, # A trained `Learner`; from now on its predictions are calibrated
     kind:str=None, # `temperature`, `prior`, `shift` or `vector`; by default `prior` where training leaned towards some classes, else `temperature`
     dl=None, # Labelled galaxies to fit to; the validation galaxies by default
-    coverage:float=None, # Also fit `ConformalSets` that hold the true class this often
+    coverage:float=None, # Also fit `ConformalSets` that hold the true class this often; those that there are, if any, are fitted anew by default
     method:str='aps', # Of these sets: `lac`, `aps` or `raps`
     by_class:bool=False, # Whether they should hold each class this often
     groups=None, # Group on the sky of each galaxy; those of the validation galaxies are known
@@ -401,7 +393,8 @@ def calibrate(
     scaling, crossed = fit_scaling(logits, y, kind, class_weights=lean), cross_calibrate(logits, y, kind, groups, folds, seed, lean)
     scaling.record |= _judged(y, Scaling()(torch.from_numpy(logits)).numpy(), crossed)
     scaling.record |= dict(folds=len(np.unique(_folds(y, groups, folds, seed))), orientations=orientations)
-    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, by_class, seed).to_dict()
+    if coverage is None and (kept := getattr(current_scaling(learn), 'sets', None)): coverage, method, by_class = kept['coverage'], kept['method'], len(kept['thresholds']) > 1
+    if coverage is not None: scaling.sets = fit_conformal(crossed, y, coverage, method, by_class).to_dict()
     return use_scaling(learn, scaling)
 
 # %% ../nbs/31_calibration.ipynb #868a0471

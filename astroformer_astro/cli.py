@@ -8,6 +8,7 @@ __all__ = ['synth', 'predict', 'explain', 'cite', 'inspect', 'repack_file', 'pac
 # %% ../nbs/60_cli.ipynb #4fa1d60d
 import os, sys, warnings
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -30,10 +31,15 @@ def synth(
     print(write(path, n=n, size=size, seed=seed, survey=survey, balance=balance))
 
 # %% ../nbs/60_cli.ipynb #85c0daa0
-def _refuse_missing(path, what):
-    if not Path(path).exists(): raise GalaxyDataError(f'{path} does not exist; give the path of {what}.')
+_weights, _table, _galaxy = 'weights as written by train', 'a table of galaxies', 'a picture or FITS file of a galaxy'
 
 def _file(weights): return weights if Path(weights).suffix in ('.safetensors', '.json') else f'{weights}.safetensors'
+
+def _refuse_missing(path, what):
+    if what == _weights: path = _file(path)
+    if not os.path.exists(path): raise GalaxyDataError(f'{path} does not exist; give the path of {what}.')
+    if os.path.isdir(path) and Path(path).suffix.lower() not in ('.parquet', '.pq'):         # a Parquet table may be a folder
+        raise GalaxyDataError(f'{path} is a folder; give the path of {what}.')
 
 # %% ../nbs/60_cli.ipynb #1cb06f3e
 def _none_predicted(bad, table, out):
@@ -53,8 +59,8 @@ def predict(
     device:str='auto', # Where to compute, as of `train`
 ):
     "Classify every galaxy of a catalogue"
-    _refuse_missing(_file(weights), 'weights as written by train')
-    _refuse_missing(table, 'a table of galaxies')
+    _refuse_missing(weights, _weights)
+    _refuse_missing(table, _table)
     from astroformer_astro.learner import load_astroformer_learner
     from astroformer_astro.predict import predict_catalog
     from astroformer_astro.report import counted
@@ -81,9 +87,9 @@ def explain(
     device:str='auto', # Where to compute, as of `train`
 ):
     "Draw why a galaxy is classified as it is"
-    item = image.split(',') if ',' in image else image
-    _refuse_missing(_file(weights), 'weights as written by train')
-    for path in image.split(','): _refuse_missing(path, 'a picture or FITS file of a galaxy')
+    item = image if ',' not in image or os.path.isfile(image) else image.split(',')
+    _refuse_missing(weights, _weights)
+    for path in [item] if item == image else item: _refuse_missing(path, _galaxy)
     kind = _picture_kind(out)
     from astroformer_astro.interpret.attribution import Explainer
     from astroformer_astro.interpret.plot import plot_explanation
@@ -103,6 +109,11 @@ def cite():
 @misc{galaxy10decals, author={Henry W. Leung and Jo Bovy}, title={Galaxy10 DECaLS Dataset}, publisher={Zenodo}, doi={10.5281/zenodo.10845026}}
 @software{astroformer_astro, author={{The astroformer_astro team}}, title={astroformer_astro}, year={2026}, version={%s}}''' % version('astroformer_astro'))
 
+# %% ../nbs/60_cli.ipynb #53a72523
+def _of_another_kind(path): # What else to say of a file that is not read
+    known = Path(path).suffix.lower() in ('.h5', '.hdf5', '.he5')
+    return '' if known else ' (inspect looks into HDF5 and FITS files; tables and pictures are read by train.)'
+
 # %% ../nbs/60_cli.ipynb #b33acf8a
 def inspect(
     path:str, # HDF5 file in the Galaxy10 layout, or FITS file
@@ -113,7 +124,7 @@ def inspect(
     if is_fits(path): return print(read_fits(path).summary())
     try:
         with open_hdf5(path) as f: print(check_layout(f))
-    except GalaxyDataError as e: raise GalaxyDataError(f'{e} (inspect looks into HDF5 and FITS files; tables and pictures are read by train.)' if Path(path).suffix.lower() not in ('.h5', '.hdf5', '.he5') else str(e)) from None
+    except GalaxyDataError as e: raise GalaxyDataError(f'{e}{_of_another_kind(path)}') from None
 
 # %% ../nbs/60_cli.ipynb #6671f173
 def repack_file(
@@ -167,19 +178,40 @@ def train(**settings):
     run_job(Job(**settings))
 
 # %% ../nbs/60_cli.ipynb #ce1a895a
-_verbs = {'synth': synth, 'train': 'job:Job', 'predict': predict, 'explain': explain, 'bench accuracy': 'bench:bench_accuracy',
-          'bench transfer': 'bench:bench_transfer', 'bench data': 'bench:bench_data', 'bench model': 'bench:bench_model',
-          'bench explain': 'bench_explain:bench_explain', 'inspect': inspect, 'repack': repack_file,
-          'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
+_verbs = {
+    'synth': synth,
+    'train': ('job:Job', 'One run of the main job; a survey is simulated where neither `data` nor `catalog` is given'),
+    'predict': predict, 'explain': explain,
+    'bench accuracy': ('bench:bench_accuracy',
+                       'Accuracy on a fixed stratified fifth, mean and spread over seeds; with calibration and conformal sets in the file'),
+    'bench transfer': ('bench:bench_transfer', 'Few labels: from scratch against other weights, same galaxies, same number of steps'),
+    'bench data': ('bench:bench_data',
+                   'Random reads from a hostile file before and after `repack`, against numpy.memmap; loaders against an epoch of training'),
+    'bench model': ('bench:bench_model',
+                    "Images per second and peak training memory against timm's MaxxVit with the same weights, on the CPU"),
+    'bench explain': ('bench_explain:bench_explain',
+                      'Which explanation to trust on held-out galaxies, its completeness error and its speed'),
+    'inspect': inspect, 'repack': repack_file, 'pack': pack_files, 'cutouts': cutouts, 'cite': cite}
 
 def _function(verb):
     "What says the options of a verb, imported where it is only named"
     f = _verbs[verb]
-    return resolve_name(f'astroformer_astro.{f}') if isinstance(f, str) else f
+    return f if callable(f) else resolve_name(f'astroformer_astro.{f[0]}')
 
 def _usage():
-    lines = [f'  {v:15} {_function(v).__doc__}' for v in _verbs]
+    lines = [f'  {v:15} {f.__doc__ if callable(f) else f[1]}' for v, f in _verbs.items()]
     return '\n'.join(['usage: astroformer VERB [options], and VERB --help for its options', ''] + lines)
+
+# %% ../nbs/60_cli.ipynb #16bb7c50
+_options = {'--data': 'an HDF5 file in the Galaxy10 layout', '--catalog': _table, '--pretrained': _weights, '--relabelled': _weights}
+_first = {'bench accuracy': [_table], 'bench transfer': [_table], 'bench explain': [_weights, _table]}
+
+def _refuse_missing_words(verb, words):
+    if {'-h', '--help'} & {*words}: return
+    first = zip(_first.get(verb, ()), takewhile(lambda w: w[:1] != '-', words))
+    parts = [p for w in words for p in (w.split('=', 1) if w[:2] == '--' else [w])]
+    for what, path in (*first, *((_options.get(o), p) for o, p in zip(parts, parts[1:]))):
+        if what and path[:1] not in ('', '-'): _refuse_missing(path, what)
 
 # %% ../nbs/60_cli.ipynb #254e6ae7
 _going_on = ' The same words with --resume (make: RESUME=1) go on from where it was kept.'
@@ -193,14 +225,16 @@ def main(
     if verb is None:
         print(_usage(), file=sys.stdout if argv[:1] in (['-h'], ['--help']) else sys.stderr)
         return 0 if argv[:1] in (['-h'], ['--help']) else 2
-    f, processes = _function(verb), int(os.environ.get('WORLD_SIZE', 0))
+    words, processes = argv[len(verb.split()):], int(os.environ.get('WORLD_SIZE', 0))
     if processes > 1 and verb != 'train':
         print(f'astroformer {verb}: this is one of {processes} processes, which would write the same files; several of them can only train.', file=sys.stderr)
         return 2
-    options = vars(anno_parser(f, prog=f'astroformer {verb}').parse_args(argv[len(verb.split()):]))
-    if verb == 'train': f = train
-    if options['pdb']: f = trace(f)
-    try: f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
+    try:
+        _refuse_missing_words(verb, words)
+        options = vars(anno_parser(_function(verb), prog=f'astroformer {verb}').parse_args(words))
+        f = train if verb == 'train' else _function(verb)
+        if options['pdb']: f = trace(f)
+        f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
     except (GalaxyDataError, ImportError) as e:
         print(f'astroformer {verb}: {e}', file=sys.stderr)
         return 2

@@ -6,6 +6,8 @@
 __all__ = ['Curves']
 
 # %% ../nbs/31_curves.ipynb #cbee3924
+from math import nan
+
 from fastai.callback.core import Callback
 
 # %% ../nbs/31_curves.ipynb #5f77ae24
@@ -17,5 +19,9 @@ class Curves(Callback):
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or not self.trained: return
         self.trained = False
-        self.names = list(self.recorder.metric_names[3:-1])
-        self.values.append(list(self.recorder.values[-1]))
+        last = list(self.recorder.values[-1])
+        scores = dict(zip(self.recorder.metric_names[3:-1], last[2:]))
+        new = [n for n in scores if n not in self.names]
+        for row in self.values: row += [nan]*len(new)
+        self.names += new
+        self.values.append(last[:2] + [scores.get(n, nan) for n in self.names])

@@ -29,7 +29,7 @@ from .models.astroformer import model_cfgs
 from .models.checkpoint import arch_name, load_astroformer, save_astroformer
 from .parallel import data_parallel, first_then_others, join_processes, one_process
 from .predict import write_table
-from .recipe import name_and_fields, recipe as make_recipe, recipe_said, training_stages
+from .recipe import check_epochs, name_and_fields, recipe as make_recipe, recipe_said
 from .record import (Pictures, batches_said, calibration_said, curve_table, fields_said, held_out, logs, run_config,
                                       run_environment, run_folder, run_loggers, with_intervals, write_json, write_record)
 from .report import (counted, plot_class_table, plot_curves, plot_samples, readable_coverage, readable_table,
@@ -113,9 +113,6 @@ def _check_field(f, value):
         raise GalaxyDataError(f"{f.name} of the recipe is {value!r}; there are {', '.join(filter(None, _words[f.name]))}.")
     if f.type in (int, float) and not 0 <= value < np.inf: raise GalaxyDataError(f'{f.name} of the recipe is {value}; give 0 or more.')
 
-# %% ../nbs/57_job.ipynb #ac66a5d6
-def _has_no_epochs(r): return training_stages(r, 1, 6) == training_stages(r, 2, 6) or not (r.lr or r.tune_lr)
-
 # %% ../nbs/57_job.ipynb #e169131e
 def _recipe(job):
     "The recipe of a job, as an argument of `astroformer_learner`; raises `GalaxyDataError` for one that cannot be"
@@ -123,9 +120,7 @@ def _recipe(job):
     name, settings = name_and_fields(job.recipe)
     recipe = make_recipe(name, **settings)
     for f in fields(recipe): _check_field(f, getattr(recipe, f.name))
-    if (job.epochs or recipe.epochs) and _has_no_epochs(recipe):
-        raise GalaxyDataError(f'the recipe {job.recipe} trains the last layer alone, for a time of its own, or nothing at all, and has no epochs; '
-                              'leave them out, or take finetune_few.')
+    if job.epochs or recipe.epochs or recipe.steps: check_epochs(recipe)
     return dict(recipe=recipe)
 
 # %% ../nbs/57_job.ipynb #0cf8fc77
@@ -239,6 +234,7 @@ def _origin(job, old, classes):
     source, theirs = (old.card.get('record') or {}).get('source') or 'a survey that their card does not name', old.card['classes']
     last = f"other classes ({', '.join(theirs)}), so that the last layer is new"
     if list(theirs) == list(classes): last = 'the same classes, so that the last layer was taken over too'
+    if (chosen := _recipe(job).get('recipe')) and chosen.probe: last = 'the last layer was computed anew, by a logistic regression'
     return (f'Fine-tuned from {job.pretrained}: weights of {job.arch}, trained on {source} '
             f'with cut-outs of {old.cfg.img_size[0]} px and {last}.')
 
@@ -390,7 +386,7 @@ def _sentence(m):
     low, high = m['accuracy_95']
     return (f"accuracy {m['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced accuracy {m['balanced_accuracy']:.3f}, macro F1 {m['macro_f1']:.3f}, "
             f"on {counted(m['n'], 'galaxy', 'galaxies')}; always answering the commonest class gives accuracy {m['commonest_accuracy']:.3f}, "
-            f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}.")
+            f"balanced accuracy {m['commonest_balanced_accuracy']:.3f}." + ' The network does no better than that.'*(m['accuracy'] <= m['commonest_accuracy'] and m['balanced_accuracy'] <= m['commonest_balanced_accuracy'] + .02))
 
 # %% ../nbs/57_job.ipynb #82307342
 def _title(job, galaxies):
@@ -421,7 +417,7 @@ the other four."""
 _how_to_read = """From left to right. The galaxy, with the class it was given and how it is labelled. The probabilities. What each
 pixel did for the class it was given, compared with an empty piece of sky: red spoke for it, blue against it (Integrated Gradients,
 in units of the logit, which is the score of a class before scores are turned into probabilities; where one per cent or more of the
-score could not be traced to pixels, the title says how much is missed). The same as contours over the galaxy. And how much
+score could not be traced to pixels, the title says by how much the sum is off). The same as contours over the galaxy. And how much
 attention the last stage of the network paid to each patch of the image, where 1 is even attention. All this shows what the network
 went by, not that it was right to."""
 

@@ -25,7 +25,7 @@ from .device import Autocast, Compiled, choose_precision, keep_memory
 from .metrics import balanced_accuracy, class_table, summary_metrics
 from .models.astroformer import Astroformer, AstroformerCfg, astroformer, model_cfgs
 from .models.checkpoint import check_classes, load_astroformer, load_pretrained, read_card
-from .recipe import GalaxyLoss, Recipe, RestingNorms, RunningMean, default_epochs, recipe as make_recipe, training_stages
+from .recipe import GalaxyLoss, Recipe, RestingNorms, RunningMean, check_epochs, default_epochs, recipe as make_recipe, training_stages
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import *
@@ -241,7 +241,9 @@ def fit_recipe(self:Learner,
     epochs:int=0, # Epochs of all layers; those of the recipe by default
     cbs=None, # More callbacks for all stages, such as `survive('run')`
 ):
-    "Train by `self.recipe`, stage by stage"
+    "Train by `self.recipe`, stage by stage; raises `GalaxyDataError` for epochs that it would not heed"
+    if epochs: check_epochs(self.recipe)
+    self.followed = True                     # for the record
     if self.recipe.probe and not vars(self).get('probed'): self.fit_probe(self.recipe.probe)
     with self.added_cbs(L(cbs)):
         for s in self.recipe_stages(epochs):
@@ -303,6 +305,6 @@ def load_astroformer_learner(
     dls = GalaxyDataLoaders.from_card(model.card, device=device)
     if galaxies is not None: dls = _of_the_network(dls, model.cfg, galaxies, path, split)
     if dls.device.type == 'cpu': keep_memory()
-    learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab)).to(dls.device), splitter=astroformer_splitter)
+    learn = Learner(dls, model.to(dls.device), GalaxyLoss(len(dls.vocab), model.card.get('lean')).to(dls.device), splitter=astroformer_splitter)
     if model.card.get('calibration'): use_scaling(learn, Scaling.from_dict(model.card['calibration']))
     return learn

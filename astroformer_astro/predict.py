@@ -69,7 +69,7 @@ def _fast(learn, orientations=False):
     "The learner with its network made ready for inference alone, where that is known to be the same network"
     model, scaling = learn.model, current_scaling(learn)
     if scaling is not None and scaling.record.get('orientations', False) != orientations:
-        warnings.warn(_single if orientations else _eightfold, stacklevel=3)
+        warnings.warn(_single if orientations else _eightfold, stacklevel=4)
     if isinstance(model, Astroformer): learn.model = for_inference(model)
     try:
         with _in_orientations(learn, orientations): yield

@@ -19,6 +19,7 @@ import numpy as np, pandas as pd, torch
 from .calibration import (ConformalSets, Scaling, _folds, _outputs, calibration_test, coverage_table, current_scaling,
                                            fit_conformal, fit_scaling, plot_reliability)
 from .core import GalaxyDataError, _runs, atomic_path, device_name, require
+from .data.images import as_given
 from .data.sky import _arcsec_said, cite_split, save_split
 from .metrics import _ratio, class_table, plot_confused, score_table
 from .models.astroformer import Astroformer
@@ -27,6 +28,7 @@ from .picture import to_png
 from .recipe import recipe_said
 from .report import counted, plot_class_table, plot_curves, readable_coverage, readable_table
 from .survive import _galaxies_a_step
+from fastai.torch_core import num_distrib
 from torch import distributed as dist
 
 # %% ../nbs/56_record.ipynb #cc5b78a6
@@ -94,7 +96,7 @@ def run_config(
     network = dict(kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()))
     if isinstance(model, Astroformer): network['cfg'] = asdict(model.cfg)
     recipe = learn.recipe if hasattr(learn, 'recipe') else None
-    return dict(network=network, recipe=recipe and asdict(recipe), loss=_loss_settings(loss), optimiser=_said(learn.opt_func),
+    return dict(network=network, recipe=recipe and asdict(recipe), recipe_followed='followed' in vars(learn), loss=_loss_settings(loss), optimiser=_said(learn.opt_func),
                 batch=dls.train.bs, galaxies_a_step=_galaxies_a_step(learn),
                 precision=getattr(learn, 'precision', 'full'), compiled=getattr(learn, 'compiled', False),
                 augmentation=[_said(t) for t in dls.train.after_batch.fs], callbacks=[cb.name for cb in learn.cbs])
@@ -102,8 +104,11 @@ def run_config(
 # %% ../nbs/56_record.ipynb #9b24fa3b
 def batches_said(learn):
     "How many galaxies went through the network at a time, and how many made a step, in the end"
-    bs, step = learn.dls.train.bs, _galaxies_a_step(learn)
-    return f"{counted(bs, 'galaxy', 'galaxies')} at a time" + f', {step} a step of the optimiser'*(step != bs)
+    n, bs = max(num_distrib(), 1), learn.dls.train.bs
+    each = max(bs//n, 1)
+    step = each*n if _galaxies_a_step(learn) == bs else _galaxies_a_step(learn)
+    shared = f' in each of {n} processes'*(n > 1)
+    return f"{counted(each, 'galaxy', 'galaxies')} at a time{shared}" + f', {step} a step of the optimiser'*(step != each)
 
 # %% ../nbs/56_record.ipynb #d75f0c2c
 _packages = 'astroformer_astro', 'torch', 'torchvision', 'fastai', 'timm', 'captum', 'accelerate', 'numpy', 'scipy', 'astropy'
@@ -274,9 +279,12 @@ def calibration_said(found, why=''):
     if found.before is None:
         return f"The probabilities are not calibrated{why and ': ' + why.rstrip('.')}; take them for an order, not for frequencies."
     t, (low, high) = found.scores, found.test['expected_95']
-    said = (f'Calibrated ({found.scaling.kind} scaling). The expected calibration error is {t.value.ece:.3f}, and was {t.value_uncalibrated.ece:.3f} before; '
+    eight = ', each galaxy by the mean over its eight orientations'*found.scaling.record.get('orientations', False)
+    said = (f'Calibrated ({found.scaling.kind} scaling){eight}. The expected calibration error is {t.value.ece:.3f}, and was {t.value_uncalibrated.ece:.3f} before; '
             f'a perfectly calibrated network would have {low:.3f} to {high:.3f} on this many galaxies. ')
     said += 'It is not perfect: take its probabilities with care.' if found.test['distinguishable'] else 'These galaxies cannot tell it from a perfect one.'
+    if t.value.nll > t.value_uncalibrated.nll: said += ' It did not help: the NLL is larger than before; do without.'
+    if t.value.balanced_accuracy < t.value_uncalibrated.balanced_accuracy - .05: said += ' It names rare classes less often than before; a temperature alone leaves the named class.'
     if found.sets is None: return said
     row = found.coverage.loc['all']
     return said + (f" The sets of classes, made to hold the true one in {found.scaling.sets['coverage']:.0%} of cases or more, do so in {row.coverage:.1%} "
@@ -308,21 +316,33 @@ def _card_limits(found):
 # %% ../nbs/56_record.ipynb #a30b3e8b
 def fields_said(settings): return ', '.join(f'{k} {v}' for k, v in asdict(settings).items() if v not in ('', 0, False) and k != 'base')
 
+# %% ../nbs/56_record.ipynb #488bfe0f
+def training_said(learn):
+    "Recipe and epochs, as a card has them"
+    epochs, recipe = dict(epochs=len(learn.curves.values)), getattr(learn, 'recipe', None)
+    if recipe is None: return epochs
+    said = f'{recipe_said(recipe)} ({fields_said(recipe)})'
+    return dict(recipe=said if 'followed' in vars(learn) else f'none was followed; loss and optimiser are those of {said}') | epochs
+
 # %% ../nbs/56_record.ipynb #cecaefa9
-_use = '''```python
+def _use(scaling):
+    "How to predict, in the orientations that the calibration is of"
+    eight = scaling is not None and scaling.record.get('orientations', False)
+    return f'''```python
 from astroformer_astro.all import *
 learn = load_astroformer_learner('galaxies')                      # the files beside this card
-predict_catalog(learn, 'new.csv', out='morphology.parquet')       # a table with a column of file names
+predict_catalog(learn, 'new.csv', out='morphology.parquet'{', orientations=True'*eight})       # a table with a column of file names
 ```
 
-In the shell: `astroformer predict galaxies.safetensors new.csv morphology.parquet`.'''
+In the shell: `astroformer predict galaxies.safetensors new.csv morphology.parquet{' --orientations'*eight}`.'''
+
+
 _elsewhere = 'The weights are not here: this network is none of this package. Keep it with `learn.export`.'
 
 # %% ../nbs/56_record.ipynb #b8254229
 def _card(learn, found, title, split, notes, why):
     "The card as Markdown"
-    recipe = {'recipe': f'{recipe_said(learn.recipe)} ({fields_said(learn.recipe)})'} if hasattr(learn, 'recipe') else {}
-    made = [f'- {k}: {v}' for k, v in (notes | recipe | dict(batches=batches_said(learn), made=_now())).items()]
+    made = [f'- {k}: {v}' for k, v in (notes | training_said(learn) | dict(batches=batches_said(learn), made=_now())).items()]
     made.append('- versions and machine are in `environment.json`, every setting is in `config.json`')
     scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with 95 % intervals: of accuracy, completeness and purity by Wilson's formula, "
               "of the other scores by a stratified bootstrap, where those of the calibration errors, ECE, lean upwards.",
@@ -333,7 +353,7 @@ def _card(learn, found, title, split, notes, why):
     parts = {'What it does': f"It gives each of {len(found.classes)} classes a probability, for the cut-out of one galaxy: {', '.join(found.classes)}.",
              'What it was trained on': _card_galaxies(learn, split), 'How well it does': '\n\n'.join(scores),
              'Whether to believe its probabilities': '\n\n'.join(sure), 'What not to use it for': _card_limits(found),
-             'How to load it': _use if isinstance(learn.model, Astroformer) else _elsewhere, 'How it was made': '\n'.join(made)}
+             'How to load it': _use(found.scaling) if isinstance(learn.model, Astroformer) else _elsewhere, 'How it was made': '\n'.join(made)}
     return f'# {title}\n\n' + '\n\n'.join(f'## {k}\n\n{v}' for k, v in parts.items()) + '\n'
 
 # %% ../nbs/56_record.ipynb #f3ec14c1
@@ -349,7 +369,7 @@ def _predictions(learn, found):
     rows, names = list(learn.dls.valid_ds.items), np.array(found.classes, object)
     said = dict(predicted=names[found.p.argmax(1)], confidence=found.p.max(1)) | {f'p_{c}': found.p[:, k] for k, c in enumerate(names)}
     if found.sets is not None: said['set'] = ['; '.join(names[np.argsort(-p)][s[np.argsort(-p)]]) for p, s in zip(found.p, found.sets)]
-    return learn.dls.catalog.iloc[rows].assign(row=rows, **said).round({c: 6 for c in said if c[:2] in ('co', 'p_')})
+    return as_given(learn.dls.catalog.iloc[rows]).assign(row=rows, **said).round({c: 6 for c in said if c[:2] in ('co', 'p_')})
 
 # %% ../nbs/56_record.ipynb #9d1118d7
 def _figures(learn, found, frozen):

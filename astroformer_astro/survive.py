@@ -385,7 +385,8 @@ class MemoryGuard(_Plainly):
             try: return type(learn).all_batches(learn)
             except BaseException as e:
                 if not _no_memory(e) or learn.lock.locked() or self.learn is None: vars(learn).pop('all_batches', None); raise
-            self._halve(learn)
+            try: self._halve(learn)
+            except GalaxyDataError: vars(learn).pop('all_batches', None); raise
 
 # %% ../nbs/31_survive.ipynb #d9c3b8cf
 def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory", str(e)) is not None

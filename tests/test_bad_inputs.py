@@ -131,7 +131,8 @@ def test_unwritable_output(refused, good, out): refused('--data', good, out=out,
 
 
 def test_nothing_is_left_behind(refused, tmp_path):
-    refused('--data', 'nowhere.h5', words=['does not exist'])
+    (tmp_path/'a.h5').write_text('hello')
+    refused('--data', tmp_path/'a.h5', words=['HDF5'])
     assert not list((tmp_path/'out').iterdir())
 
 

@@ -169,7 +169,7 @@ def test_aps_and_lac_equal_mapie(k, n, coverage):
     x, y, _ = survey(n + 300, k, sharp=1., seed=n)
     p = softmax(x)
     old, new, labels = p[:n], p[n:], y[:n]
-    aps = fit_conformal(old, labels, coverage, 'aps', seed=7)
+    aps = fit_conformal(old, labels, coverage, 'aps', randomised=True, seed=7)
     assert np.array_equal(aps(new), mapie_sets('aps', old, labels, new, coverage, include_last_label=True))
     assert np.array_equal(aps(new, randomised=True, seed=7), mapie_sets('aps', old, labels, new, coverage, include_last_label='randomized'))
     assert np.array_equal(fit_conformal(old, labels, coverage, 'lac')(new), mapie_sets('lac', old, labels, new, coverage))
@@ -177,7 +177,8 @@ def test_aps_and_lac_equal_mapie(k, n, coverage):
 
 @pytest.mark.parametrize('method', ['lac', 'aps', 'raps'])
 @pytest.mark.parametrize('by_class', [False, True])
-def test_sets_cover_as_often_as_they_promise(method, by_class):
+@pytest.mark.parametrize('randomised', [False, True])
+def test_sets_cover_as_often_as_they_promise(method, by_class, randomised):
     "200 surveys of exchangeable galaxies, the probabilities overconfident: coverage in the mean, and each count within its interval about 95 times of 100"
     n_fit, n, held, inside = 300, 500, np.zeros((200, 4)), 0
     low, high = coverage_range(.9, n_fit, n)
@@ -185,7 +186,7 @@ def test_sets_cover_as_often_as_they_promise(method, by_class):
     for seed in range(200):
         x, y, _ = survey(n_fit + n, seed=seed)
         p = softmax(x)
-        sets = fit_conformal(p[:n_fit], y[:n_fit], .9, method, by_class, seed=seed)(p[n_fit:], randomised=True, seed=1000 + seed)
+        sets = fit_conformal(p[:n_fit], y[:n_fit], .9, method, by_class, seed, randomised)(p[n_fit:], randomised, 1000 + seed)
         right, new = sets[np.arange(n), y[n_fit:]], y[n_fit:]
         held[seed], total[seed] = np.bincount(new, right, 4), np.bincount(new, minlength=4)
         inside += low <= right.mean() <= high
@@ -199,9 +200,9 @@ def test_sets_without_random_points_cover_at_least_that_and_are_never_empty():
         x, y, _ = survey(900, seed=seed)
         p = softmax(x)
         for method in ('aps', 'raps'):
-            fitted = fit_conformal(p[:400], y[:400], .9, method)
+            fitted = fit_conformal(p[:400], y[:400], .9, method, randomised=True)
             sets = fitted(p[400:])
-            assert sets.any(1).all() and sets[np.arange(500), p[400:].argmax(1)].all() and (sets >= fitted(p[400:], randomised=True)).all()
+            assert sets.any(1).all() and fit_conformal(p[:400], y[:400], .9, method)(p[400:]).any(1).all() and sets[np.arange(500), p[400:].argmax(1)].all() and (sets >= fitted(p[400:], randomised=True)).all()
             assert np.array_equal(sets, fitted(p[400:]))
 
 

@@ -126,6 +126,24 @@ def test_the_header_names_galaxy_bands_and_weights(tmp_path):
     with fits.open(write_map(a, tmp_path/'b.fits')) as hdus: assert not {'OBJECT', 'BAND1', 'WEIGHTS'} & set(hdus[0].header)
 
 
+difficult = st.text() | st.text("'& /a\\\"", max_size=200) | st.sampled_from(["Galaxies with 'rings' / arcs", "wendell's a' / b", '&'*70,
+    "/data/O'Neill's survey/cut-outs of 'field 3' / tile 12/galaxy number 00012345.fits"])
+
+@settings(max_examples=80, deadline=None)
+@given(name=difficult, first=difficult, second=difficult)
+def test_any_text_comes_back_from_fits(tmp_path_factory, name, first, second):
+    "A class exactly; a name as it is where it is plain and fits a card, and otherwise as it is or as JSON escapes it; FITS drops spaces at the end"
+    a = explained()
+    a.probabilities, a.target, a.against = {first: .6, second: .4}, first, second
+    path = write_map(a, tmp_path_factory.mktemp('any')/'a.fits', name=name, bands=(name, first, second))
+    b = read_map(path)
+    assert (b.probabilities, b.target, b.against) == (a.probabilities, first, second) and (b.values == a.values).all()
+    found, wanted = fits.getheader(path).get('OBJECT'), name.rstrip(' ')
+    if not name.strip(): assert found is None
+    elif wanted.isascii() and wanted.isprintable() and len(wanted) <= 68 and not set(wanted) & set("'&"): assert found == wanted
+    else: assert found == wanted or json.loads(f'"{found}"').rstrip(' ') == wanted
+
+
 def test_files_that_are_no_maps(tmp_path):
     with pytest.raises(GalaxyDataError, match="ends in '.png'; a map is written as .fits or .npz"): write_map(explained(), tmp_path/'a.png')
     np.savez(tmp_path/'b.npz', x=1); (tmp_path/'c.fits').write_text('no')

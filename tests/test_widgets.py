@@ -17,7 +17,7 @@ from astroformer_astro.interpret.attribution import Attribution, Explainer, Pred
 from astroformer_astro.learner import astroformer_learner
 from astroformer_astro.synth import synth_arrays, synth_fits
 from astroformer_astro.widgets.augment import AugmentPreview
-from astroformer_astro.widgets.explorer import GalaxyExplorer, explorer_view
+from astroformer_astro.widgets.explorer import GalaxyExplorer, comparison_figure, explorer_view
 from astroformer_astro.widgets.relabel import Journal, Relabel
 from astroformer_astro.widgets.state import ExplorerState, InThread, Newest, at_once
 
@@ -234,16 +234,55 @@ def test_a_filter_waits_for_the_network_and_then_is_applied(learn):
     assert s.surveyed and not s.busy and len(s.shown) == (s.table.label != s.table.predicted).sum()
 
 
+def test_what_a_filter_excludes_is_not_shown_after_a_survey_was_stopped(learn):
+    "The next choice asks again, and whoever waits for it sees only what passes"
+    begun, released = threading.Event(), threading.Event()
+    s = ExplorerState(learn, [0, 1, 2, 3, 4], run=InThread())
+    s.method = 'saliency'
+    s.wait()
+    before, s._advance = s._advance, lambda share: (begun.set(), released.wait(10))
+    s.wrong = True
+    assert begun.wait(10)
+    s.stop(); released.set(); s.wait()
+    assert 'choose anything to go on' in s.error and not (s.surveyed or s.surveying or s.busy)
+    s._advance = before
+    s.index = 1
+    s.wait()
+    assert s.surveyed and not s.busy and s.shown == tuple(np.flatnonzero(s.table.label != s.table.predicted)) != (0, 1, 2, 3, 4)
+
+
+def test_a_survey_that_fails_can_be_had_again(state):
+    def fail(change): raise ZeroDivisionError('a fault of ours')
+    state.observe(fail, 'table')
+    state.wrong = True
+    assert state.error == 'ZeroDivisionError: a fault of ours' and not (state.busy or state.surveying or state.surveyed)
+    state.unobserve(fail, 'table')
+    state.index = 1
+    assert state.error == '' and state.surveyed and len(state.shown) < 5
+
+
+def test_another_network_goes_through_all_galaxies_where_the_one_before_did():
+    s, _ = told_state([0, 1])
+    s.survey()
+    assert s.table.predicted.tolist() == ['a', 'a']
+    with torch.no_grad(): s.learn.model.weight += 1
+    s.update()
+    assert s.surveyed and s.table.predicted.tolist() == ['a', 'a']
+    fresh, _ = told_state([0, 1])
+    with torch.no_grad(): fresh.learn.model.weight += 1
+    fresh.update()
+    assert not fresh.surveyed and fresh.table.predicted.isna().all()
+
+
 @pytest.mark.parametrize('choice, found', [(dict(label='odd'), "no class 'odd'"), (dict(ranges=dict(odd=(0, 1))), "no column 'odd'"), (dict(index=99), 'no galaxy 99'), (dict(method='x'), "no method 'x'"),
                                            (dict(baseline='x'), "no baseline 'x'"), (dict(target='x'), "no class 'x'"), (dict(against='x'), "no class 'x'"), (dict(stretch='x'), "no stretch 'x'"),
-                                           (dict(beside='x'), "no method 'x'"), (dict(beside='pinned'), 'no galaxy is pinned'), (dict(confidence=(0., .01)), 'no galaxy of 5 passes'),
+                                           (dict(beside='x'), "no method 'x'"), (dict(beside='pinned', pinned=999), 'no galaxy 999'), (dict(beside='pinned', pinned=-1), 'no galaxy -1'), (dict(beside='pinned'), 'no galaxy is pinned'), (dict(confidence=(0., .01)), 'no galaxy of 5 passes'),
                                            (dict(block=7), 'no block 7'), (dict(head=7), 'no head 7'), (dict(query=(99, 0)), 'outside the image')])
 def test_every_wrong_choice_is_said_and_mended(state, choice, found):
-    (name, value), = choice.items()
-    before = getattr(state, name)
-    setattr(state, name, value)
+    before = {name: getattr(state, name) for name in choice}
+    for name, value in choice.items(): setattr(state, name, value)
     assert found in state.error and 'Error' not in state.error
-    setattr(state, name, before)
+    for name, value in before.items(): setattr(state, name, value)
     assert state.error == '' and None not in (state.prediction, state.attribution, state.attention)
 
 
@@ -276,6 +315,10 @@ def test_galaxies_that_cannot_be_looked_at_say_so_in_the_widget(learn, item, fou
 def test_no_galaxies(learn):
     view = explorer_view(ExplorerState(learn, []))
     assert 'validation set is empty' in parts(view).line.value
+    explorer = GalaxyExplorer(learn, items=[])
+    view = explorer.view()
+    explorer.state.wait()
+    assert 'validation set is empty' in parts(view).line.value and not explorer.state.surveying
 
 
 def test_a_network_without_attention_is_explained_all_the_same():
@@ -334,6 +377,21 @@ def test_widgets_are_tied_to_the_state(state):
     v.controls[7].click()
     state.next()
     assert drawn(v.pair) and v.controls[6].label == 'pinned galaxy'
+
+
+def test_a_method_beside_itself_is_drawn_twice(state):
+    state.beside = 'saliency'
+    titles = [ax.get_title().split('\n')[0] for ax in comparison_figure(state.answer).axes]
+    assert {'saliency', 'again: saliency'} <= set(titles)
+
+
+def test_a_calibration_of_eight_orientations_is_told(state, learn):
+    try:
+        for orientations in (True, False):
+            calibrate(learn, coverage=.8, orientations=orientations)
+            state.update()
+            assert ('holds for one only roughly' in parts(explorer_view(state)).said.value) == orientations
+    finally: use_scaling(learn, None)
 
 
 def test_errors_are_on_the_screen_and_nothing_stale_is(state, monkeypatch):

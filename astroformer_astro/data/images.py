@@ -438,6 +438,13 @@ def file_paths(names, folder): # `None` where no file is named
 def image_side(path):
     with Image.open(path) as img: return min(img.size)
 
+# %% ../../nbs/10_data.images.ipynb #24bccf52
+def of_cutouts(df, factor): # A table whose `pxscale` is that of cut-outs, `factor` times that of the files
+    return df.assign(pxscale_of_file=df.pxscale, pxscale=df.pxscale*factor) if 'pxscale' in df else df
+
+def as_given(catalog): # The table as it was before `of_cutouts`
+    return catalog.assign(pxscale=catalog.pxscale_of_file).drop(columns='pxscale_of_file') if 'pxscale_of_file' in catalog else catalog
+
 # %% ../../nbs/10_data.images.ipynb #a82d8e65
 def read_catalog(
     table, # A `DataFrame`, or a table or file as `read_table` takes it
@@ -458,5 +465,5 @@ def read_catalog(
     paths = file_paths(df[x], images)
     pixels, unreadable = read_images(paths, size, progress)
     use, skipped, df, classes = usable_rows(df, names, classes, unreadable | problems, bad, name)
-    if 'pxscale' in df: df['pxscale'] *= [image_side(paths[i])/size for i in use]
+    df = of_cutouts(df, [image_side(paths[i])/size for i in use])
     return GalaxySet(_rows_of(pixels, use) if len(skipped) else pixels, df, classes, name, skipped, reader=PictureReader(size, images, x))

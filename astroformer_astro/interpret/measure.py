@@ -217,9 +217,17 @@ def _plain(v): # What JSON can hold
     return v.item() if isinstance(v, np.generic) else str(v)
 
 # %% ../../nbs/43_interpret.measure.ipynb #710259e2
-def _header(wcs, cards): # What FITS cannot hold is written as JSON escapes it
+def _comes_back(text): # From a card, as it is; not with a quote before a slash, nor always with an ampersand
+    return text.isascii() and text.isprintable() and fits.Card.fromstring(str(fits.Card('OBJECT', text))).value == text.rstrip(' ')
+
+def _card(v): # What FITS cannot hold is written as JSON escapes it, and a dict as JSON
+    if not isinstance(v, dict) and (not isinstance(v, str) or _comes_back(v)): return v
+    text = json.dumps(v, default=_plain).replace("'", '\\u0027').replace('&', '\\u0026')
+    return text if isinstance(v, dict) else text[1:-1]
+
+def _header(wcs, cards):
     header = fits.Header() if wcs is None else wcs.to_header()
-    for k, v in cards.items(): header[k] = json.dumps(v)[1:-1] if isinstance(v, str) and not (v.isascii() and v.isprintable()) else v
+    for k, v in cards.items(): header[k] = _card(v)
     return header
 
 # %% ../../nbs/43_interpret.measure.ipynb #3be5483e
@@ -231,11 +239,12 @@ def _band_cards(bands, planes): # A name a plane, or one of them all where a sin
 def _to_fits(a, path, wcs, name, bands, weights):
     arrays, rest = _split_fields(a)
     arrays['image'] = np.moveaxis(arrays['image'], -1, 0)
-    known = {k: v for k, v in dict(OBJECT=name, WEIGHTS=weights).items() if v}
-    said = dict(METHOD=a.method, TARGET=a.target, AGAINST=a.against, BASELINE=a.baseline, PREDICT=a.predicted, RECORD=json.dumps(rest, default=_plain))
+    known = {k: v for k, v in dict(OBJECT=name, WEIGHTS=weights).items() if v and v.strip()}
+    said = dict(METHOD=a.method, TARGET=a.target, AGAINST=a.against, BASELINE=a.baseline, PREDICT=a.predicted, RECORD=rest)
     unit = dict(BUNIT='logit' if a.unit == 'logit a pixel' else a.unit)
     first = fits.PrimaryHDU(_as_fits(a.heatmap(), wcs), _header(wcs, known | said | unit | _band_cards(bands, 1)))
     planes = {k: {} if k == 'image' else _band_cards(bands, len(v)) for k, v in arrays.items()}        # the picture has colours for bands
+    planes['values'] |= unit
     others = [fits.ImageHDU(_as_fits(v, wcs), _header(wcs, planes[k]), name=k) for k, v in arrays.items()]
     fits.HDUList([first] + others).writeto(path)
 

@@ -218,7 +218,7 @@ def _sides(a): return 'red for, blue against\n' if a.signed else 'where it is la
 
 def _how(a):
     if a.delta is None: return a.method.replace('_', ' ')
-    missed = f', {a.delta:.0%} missed' if a.delta >= .01 else ''
+    missed = f', sum off by {a.delta:.0%}' if a.delta >= .01 else ''
     return f'against {_compared_with.get(a.baseline, a.baseline)}{missed}'
 
 # %% ../../nbs/44_interpret.plot.ipynb #c63e0c85

@@ -81,7 +81,8 @@ def fold_norm_before(
 class SumSqueeze(SqueezeExcite):
     "timm's squeeze-and-excitation, as built by default, for an explanation's gradients"
     def forward(self, x):
-        mean = x.sum((2, 3), keepdim=True)/(x.shape[2]*x.shape[3])
+        total = x.sum((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))        # which half precision cannot hold
+        mean = (total/(x.shape[2]*x.shape[3])).to(x.dtype)
         return x*self.gate(self.fc2(self.act(self.fc1(mean))))
 
 # %% ../../nbs/26_models.inference.ipynb #da348cb7

@@ -65,6 +65,7 @@ def comparison_figure(
     pair = answer.attribution, answer.beside
     if answer.asked.beside == 'pinned': titles = [f'{which}:\n{_called(a)}' for which, a in zip(('this galaxy', 'pinned galaxy'), pair)]
     else: titles = [f"{a.method.replace('_', ' ')}\n{_called(a)}" for a in pair]
+    if titles[0] == titles[1]: titles[1] = f'again: {titles[1]}'
     return plot_comparison(dict(zip(titles, pair)))
 
 # %% ../../nbs/51_widgets.explorer.ipynb #9105aa91
@@ -122,6 +123,7 @@ def answer_html(
     row={}, # Of the catalogue
     sets=None, # `ConformalSets`, for their coverage
     calibrated:bool=False, # Whether the probabilities are
+    orientations:bool=False, # Whether that holds for the mean over the eight orientations
 )->str:
     "What is known about a galaxy as a line of HTML"
     p, name = answer.prediction, lambda c: html.escape(short_name(str(c)))
@@ -129,6 +131,7 @@ def answer_html(
     said = [f'called <b>{name(p.predicted)}</b>, {p.probabilities[p.predicted]:.2f}{" (calibrated)" if calibrated else ""}', '' if p.truth is None else f'labelled <b>{name(p.truth)}</b>']
     if answer.attribution is not None and answer.attribution.against: said.append(f'map: for {name(answer.attribution.target)} and not {name(answer.attribution.against)}')
     if answer.members is not None: said.append(f"{sets.coverage:.0%} set (dots): {', '.join(map(name, answer.members)) or 'none'}")
+    if calibrated and orientations: said.append('calibrated for the mean over eight orientations, which holds for one only roughly')
     if (z := _known(row, 'redshift')) is not None: said.append(f'redshift {z:.3g}')
     if (url := viewer_link(row)): said.append(f'<a href="{url}" target="_blank" rel="noopener" style="color:#0072B2">Legacy viewer</a>')
     return ' · '.join(filter(None, said))
@@ -342,8 +345,8 @@ def explorer_view(
     kind = w.Dropdown(options=['png', 'npz', 'fits'], layout={'width': '75px'})
     def write(): state.note = f'written: {Path(export(kind.value)).resolve()}'
     def tell(change=None):
-        calibrated = state.fitted_scaling is not None
-        said.value = answer_html(state.answer, _row_of(state), state.fitted_sets, calibrated)
+        scaling = state.fitted_scaling
+        said.value = answer_html(state.answer, _row_of(state), state.fitted_sets, scaling is not None, bool(scaling and scaling.record.get('orientations')))
         problem.value = message_html(state.answer.problems.get('attention', ''), error=False)
         if state.attention is not None and not attention.children: attention.children = attention_controls(state)
     state.observe(tell, 'answer'); tell()
@@ -380,9 +383,10 @@ class GalaxyExplorer(Shown):
         return stacked(missing + [to_png(draw(), dpi) for _, draw in _drawings(self.state.answer, _row_of(self.state), partial(_wcs_of, self.state)).values()])
 
     def export(self,
-        path=None, # Where to; by default a new name made of galaxy, method and classes, in the current folder
+        path=None, # Where to; in a folder, by default the current one, under a new name made of galaxy, method and classes
         ending:str='png', # Of that name: `png`, `npz` or `fits`
     )->Path:
         "Write what is shown: a picture, or the map as numbers"
         self.state.wait()
-        return export_answer(self.state.answer, path or new_name(self.state.answer, ending), partial(self.png, 150), **(_about(self.state, map_origin) or {}))
+        if path is None or Path(path).is_dir(): path = new_name(self.state.answer, ending, path or '.')
+        return export_answer(self.state.answer, path, partial(self.png, 150), **(_about(self.state, map_origin) or {}))

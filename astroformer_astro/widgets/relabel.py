@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from traitlets import Any, Int, observe
 from ..core import GalaxyDataError, require, short_name
+from ..data.images import as_given
 from ..interpret.attribution import Prediction
 from ..interpret.measure import galaxy_name
 from ..interpret.plot import draw_picture, draw_probabilities
@@ -116,7 +117,7 @@ def _relabelled(
     "A catalogue with new labels: as decided, and as they were where nothing was, or where it could not be told"
     new = catalog.label.astype(object).to_numpy(copy=True)
     for row, name in decisions.items(): new[row] = name or new[row]
-    return catalog.assign(**{column: new, 'looked_at': np.isin(np.arange(len(catalog)), list(decisions))})
+    return as_given(catalog).assign(**{column: new, 'looked_at': np.isin(np.arange(len(catalog)), list(decisions))})
 
 # %% ../../nbs/53_widgets.relabel.ipynb #ddc1466d
 class RelabelState(Speaking):

@@ -311,6 +311,7 @@ def _beside(answers, asked, place, progress):
     if asked.beside is None: return None
     if asked.beside != 'pinned': return _attribution(answers, asked, place, asked.beside, progress)
     if asked.pinned is None: raise GalaxyDataError('no galaxy is pinned; pin one to compare others with it.')
+    if not 0 <= asked.pinned < len(answers.items): raise GalaxyDataError(f'there is no galaxy {asked.pinned} to pin; {len(answers.items)} are given, numbered from 0.')
     return _attribution(answers, asked, asked.pinned, asked.method, progress)
 
 # %% ../../nbs/50_widgets.state.ipynb #add50989
@@ -360,6 +361,7 @@ class SurveyState(Choices, Speaking):
     "The galaxies as a table, and what the network calls them"
     table = Any(help='As from `galaxy_table`; what the network calls the galaxies comes when it is needed')
     surveyed, surveying = Bool(help='Whether the network has gone through all galaxies'), Bool(help='Whether it is about to')
+    busy = Bool(help='An answer is on its way')
     progress = Float(help='How much of the work at hand is done, 0 to 1')
     mark, answers = None, None
 
@@ -375,16 +377,18 @@ class SurveyState(Choices, Speaking):
 
     def survey(self):
         "Have the network go through all galaxies, unless it has"
-        if self.surveyed or self.surveying: return
+        if self.surveyed or self.surveying or not self.items: return
         self.surveying, explainer = True, self.answers.explainer
-        self.all_work.ask(lambda check: survey(explainer, self.items, check, self._advance), self._take_survey, self.tell)
+        self.all_work.ask(lambda check: survey(explainer, self.items, check, self._advance), self._take_survey, self._give_up_survey)
 
     def _look_again(self): # Whether the network is another than before; then there is a new copy of it
         mark = fingerprint(self.learn)
         if self.mark == mark: return False
         self.all_work.stop()
+        again = self.surveyed or self.surveying
         self.mark, self.surveyed, self.surveying = mark, False, False
         self.answers, self.table = Answers(self.explain(snapshot(self.learn)), self.items), galaxy_table(self.learn, self.items)
+        if again: self.survey()
         return True
 
     def _advance(self, share):
@@ -395,20 +399,27 @@ class SurveyState(Choices, Speaking):
         self.table = self.table.assign(predicted=predicted, confidence=confidence.astype(float), problem=problem)
         self.surveying, self.progress, self.surveyed = False, 0., True
 
+    def _give_up_survey(self, e): # The next one who needs it starts another
+        self.surveying, self.progress, self.busy = False, 0., False
+        self.tell(e)
+
 # %% ../../nbs/50_widgets.state.ipynb #9d5b7e1d
 class GalaxiesState(SurveyState):
     "Filters, and the galaxies that pass them"
     shown = Tuple(help='Places in the list of items that pass the filters')
-    busy = Bool(help='An answer is on its way')
     refused = ''
+
+    @property
+    def _waits(self): # For the network to go through all galaxies
+        return bool(self.ask_the_network and not self.surveyed and self.items)
 
     def update(self, change=None):
         "Begin again, if the network is another than before"
-        if self._look_again(): self._filter()
+        if self._look_again() or self._waits: self._filter()
 
     @observe(*Filters.class_trait_names())
     def _filter(self, change=None):
-        if self.ask_the_network and not self.surveyed and self.items: self.busy = True; return self.survey()
+        if self._waits: self.busy = True; return self.survey()
         problems = {}
         self.shown = attempt(lambda: passing(self.table, self, list(self.learn.dls.vocab)), problems, 'galaxy') or ()
         self.refused = problems.get('galaxy', '')
@@ -431,7 +442,7 @@ class AnswerState(GalaxiesState):
     @observe(*(set(Choices.class_trait_names()) - set(Filters.class_trait_names())))
     def update(self, change=None):
         "Ask again; called by every change, and to be called after the network was trained further"
-        if self._look_again(): return self._filter()
+        if self._look_again() or self._waits: return self._filter()
         asked, answers = SimpleNamespace(shown=self.shown, refused=self.refused, **{n: getattr(self, n) for n in Choices.class_trait_names()}), self.answers
         self.busy = True
         def work(check):
