@@ -43,7 +43,7 @@ def _calibration(learn):
 def _last_fit(learn):
     "Epochs of the last fit, or of all where curves were kept, and how the last of them ended"
     recorder = getattr(learn, 'recorder', None)
-    names = recorder.metric_names[1:-1] if recorder else ()
+    names = getattr(recorder, 'metric_names', ())[1:-1]
     rows = [r for r in getattr(recorder, 'values', ()) if len(r) == len(names)]           # a validation has no training loss
     if hasattr(learn, 'curves'): names, rows = ['train_loss', 'valid_loss', *learn.curves.names], learn.curves.values
     return dict(last_fit=dict(epochs=len(rows)) | dict(zip(names, rows[-1]))) if rows else {}
