@@ -405,7 +405,8 @@ _held_out = """The network was not trained on these galaxies, and but for the ca
 was chosen by how it did on them: not the number of epochs, nor which weights were kept. Completeness is the share of a class that
 was found, purity the share of the galaxies given to a class that are labelled so, and balanced accuracy the mean completeness of
 the classes. The intervals of accuracy, completeness and purity are by Wilson's formula; those of the other scores are of a
-stratified bootstrap, where those of the calibration errors, ECE, lean upwards."""
+stratified bootstrap. Those of the calibration errors, ECE, lean upwards; where all or none of a class were found, its part in an
+interval has no width."""
 
 _how_confused = """Rows are the labels, columns the answers; in each square stand its number of galaxies, the share of the row, and
 its most confident galaxies. What stands off the diagonal may be the network at fault, or the label."""

@@ -345,7 +345,7 @@ def _card(learn, found, title, split, notes, why):
     made = [f'- {k}: {v}' for k, v in (notes | training_said(learn) | dict(batches=batches_said(learn), made=_now())).items()]
     made.append('- versions and machine are in `environment.json`, every setting is in `config.json`')
     scores = [f"On {counted(len(found.y), 'galaxy', 'galaxies')} that it was not trained on, with 95 % intervals: of accuracy, completeness and purity by Wilson's formula, "
-              "of the other scores by a stratified bootstrap, where those of the calibration errors, ECE, lean upwards.",
+              "of the other scores by a stratified bootstrap. Those of the calibration errors, ECE, lean upwards; where all or none of a class were found, its part has no width.",
               _markdown(with_intervals(found.scores)), _markdown(readable_table(found.table)), '![confusion](confusion.png)']
     sure = [calibration_said(found, why)]
     if found.sets is not None: sure.append(_markdown(readable_coverage(found.coverage)))
