@@ -223,8 +223,10 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((v for v in _verbs if argv[:len(v.split())] == v.split()), None)
     if verb is None:
-        print(_usage(), file=sys.stdout if argv[:1] in (['-h'], ['--help']) else sys.stderr)
-        return 0 if argv[:1] in (['-h'], ['--help']) else 2
+        asked = argv[:1] in (['-h'], ['--help'])
+        print(_usage(), file=sys.stdout if asked else sys.stderr)
+        if argv and not asked: print(f"astroformer: there is no verb {' '.join(argv[:1 + (argv[0] == 'bench')])!r}.", file=sys.stderr)
+        return 0 if asked else 2
     words, processes = argv[len(verb.split()):], int(os.environ.get('WORLD_SIZE', 0))
     if processes > 1 and verb != 'train':
         print(f'astroformer {verb}: this is one of {processes} processes, which would write the same files; several of them can only train.', file=sys.stderr)

@@ -3,7 +3,7 @@ import subprocess, sys
 
 import pytest
 
-from astroformer_astro.cli import _function, _verbs, explain
+from astroformer_astro.cli import _function, _verbs, explain, main
 from astroformer_astro.core import GalaxyDataError
 
 program = '''
@@ -58,3 +58,10 @@ def test_a_name_with_a_comma_is_one_file(tmp_path):
     for name in ('w.safetensors', 'NGC 1,2.jpg'): (tmp_path/name).touch()
     for image, refusal in ('NGC 1,2.jpg', 'why.doc ends in'), ('NGC 1,3.jpg', 'NGC 1 does not exist'):       # the kind of the output is looked at next
         with pytest.raises(GalaxyDataError, match=refusal): explain(str(tmp_path/'w'), str(tmp_path/image), 'why.doc')
+
+
+@pytest.mark.parametrize('words, verb', [(['trian', '--epochs', '3'], 'trian'), (['bench', 'acuracy'], 'bench acuracy'), (['bench'], 'bench')])
+def test_a_verb_that_there_is_not_is_named(words, verb, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('usage: astroformer VERB') and said.endswith(f'astroformer: there is no verb {verb!r}.\n')
