@@ -593,3 +593,16 @@ def test_a_training_of_the_layers_without_statistics_is_noticed():
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     s.update()
     assert s.prediction.probabilities == Explainer(learn).predict(0).probabilities
+
+
+def test_a_failure_of_what_is_no_longer_wanted_is_not_told():
+    begun, told = [], []
+    newest = Newest(begun.append)
+    def fails(check): yield; raise ValueError('of the first')
+    def works(check): yield; return 'the second'
+    newest.ask(fails, told.append, told.append)
+    next(begun[0])
+    newest.ask(works, told.append, told.append)
+    for steps in begun:
+        for _ in steps: pass
+    assert told == ['the second']

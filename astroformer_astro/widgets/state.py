@@ -9,6 +9,7 @@ __all__ = ['stretches', 'sentence', 'attempt', 'Speaking', 'at_once', 'InThread'
 
 # %% ../../nbs/50_widgets.state.ipynb #bce762c0
 import copy, inspect, threading, weakref
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from queue import Queue
@@ -113,7 +114,8 @@ class Newest:
                 check()
                 deliver(found)
         except Superseded: pass
-        except Exception as e: fail(e)
+        except Exception as e:
+            with self.lock, suppress(Superseded): check(); fail(e)
 
 # %% ../../nbs/50_widgets.state.ipynb #c1d1b5d7
 def fingerprint(
