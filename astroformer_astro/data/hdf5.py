@@ -17,7 +17,7 @@ from pathlib import Path
 
 import h5py, numpy as np, pandas as pd
 from ..core import GalaxyDataError, atomic_path, bar, galaxy10_classes, short_name
-from .images import GalaxySet, _first, _named, _wrong_numbers, blank_rows, check_columns, check_whole, file_paths, image_side, look_over, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
+from .images import GalaxySet, _first, _named, _wrong_numbers, blank_rows, check_columns, check_whole, file_paths, image_side, look_over, of_cutouts, open_catalog, pixel_store, read_image, to_cutout, unusable_rows, usable_rows, with_position
 
 # %% ../../nbs/11_data.hdf5.ipynb #a95748d8
 _hdf5_errors = OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError
@@ -554,7 +554,7 @@ def pack_catalog(
     with atomic_path(out) as tmp:
         with _file(tmp) as f: unreadable = _put_files(f, paths, size, progress)
         use, skipped, df, classes = usable_rows(df, names, classes, unreadable | problems, bad, name)
-        if 'pxscale' in df: df['pxscale'] *= [image_side(paths[i])/size for i in use]
+        df = of_cutouts(df, [image_side(paths[i])/size for i in use])
         with _file(tmp, 'w' if len(skipped) else 'a') as f:
             if len(skipped): unusable_rows(df.label, _put_files(f, [paths[i] for i in use], size, progress), 'raise', name)
             _put_table(f, df, classes, skipped=skipped)
