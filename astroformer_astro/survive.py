@@ -371,7 +371,7 @@ def _stop(self:LossGuard, what):
 
 # %% ../nbs/31_survive.ipynb #cd77ea5f
 class MemoryGuard(_Plainly):
-    "Halve the batch when memory runs out, with as many galaxies a step as before; raises `GalaxyDataError` where one galaxy is too many"
+    "Halve the batch when memory runs out, with as many galaxies a step as before; raises `GalaxyDataError` where one galaxy is too many, and in one of several processes"
     order = Checkpoint.order + 1
     def before_epoch(self): self.learn.all_batches = lambda learn=self.learn: self._within_memory(learn)
     def before_train(self):
